@@ -1,0 +1,39 @@
+"""Register the methods of `sparing.adapt` with PEFT as soon as PEFT is imported."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def install() -> None:
+    """Make `peft.PeftModel.from_pretrained` know our adapters after `import sparing`."""
+    if "peft" in sys.modules:
+        importlib.import_module("sparing.adapt")
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+
+
+class _PeftFinder(MetaPathFinder):
+    """Waits for the first `import peft`, then steps aside."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("peft")
+        if spec is None or spec.loader is None:
+            return None
+        run_peft = spec.loader.exec_module
+
+        def run_peft_then_register(module: ModuleType) -> None:
+            run_peft(module)
+            importlib.import_module("sparing.adapt")
+
+        spec.loader.exec_module = run_peft_then_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,87 @@
+"""Files that are never half-written, and errors that say what is wrong with a damaged one."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparing.errors import CheckpointError
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its place when the block ends well.
+
+    Works for files and for folders (create one at the path). After an error, or a killed process,
+    `target` is what it was before.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    fresh = work / target.name
+    try:
+        yield fresh
+        _flush(fresh)
+        if target.is_dir():
+            target.rename(work / "replaced")
+        fresh.replace(target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    text = json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n"
+    with atomic_path(target) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing or no valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            str(path), expected="a JSON file", found="nothing", mend="Check the path."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            str(path),
+            expected="valid JSON",
+            found=str(error),
+            mend="Delete the file and run again.",
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _unwritable(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        str(target),
+        expected="a folder that can be written and has room",
+        found=f"{type(error).__name__}: {error}",
+        mend="Free some space, mend the permissions, or choose another folder.",
+    )
