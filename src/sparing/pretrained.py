@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,14 +52,24 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         CheckpointError: damaged or truncated weights.
     """
     source = resolve(name)
-    options: dict[str, Any] = {}
-    if source.endswith(".gguf"):
-        _require_gguf()
-        options["gguf_file"] = Path(source).name
-        source = str(Path(source).parent)
+    with _naming(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return Pretrained(model.to(device).eval(), tokenizer)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone; errors as for `load`."""
+    source = resolve(name)
+    with _naming(name, source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def _naming(name: str, source: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one error that names the model."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        yield
     except Exception as error:
         if Path(source).exists():
             raise CheckpointError(
@@ -73,13 +84,10 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") 
             found=f"{type(error).__name__}: {_first_line(error)}",
             mend=near_matches(name, sorted(_BUILT_IN)),
         ) from error
-    if options:
-        _forget_quantisation(model)
-    return Pretrained(model.to(device).eval(), tokenizer)
 
 
 def resolve(name: str) -> str:
-    """What `transformers` can load: a folder, a GGUF file or a hub id; built-ins are made ready.
+    """A folder or hub id that `transformers` loads fast; built-ins and GGUF files are converted.
 
     Raises:
         ConfigError: the name is a path to nothing.
@@ -91,8 +99,11 @@ def resolve(name: str) -> str:
             with atomic_path(folder) as fresh:
                 _BUILT_IN[name](fresh)
         return str(folder)
-    if Path(name).exists():
-        return name
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(_converted(path))
+    if path.exists():
+        return str(path)
     looks_like_a_path = name.endswith(".gguf") or name.startswith((".", "/", "~"))
     if looks_like_a_path or "/" not in name:
         raise ConfigError(
@@ -119,14 +130,32 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-def _make_smollm2(folder: Path) -> None:
+def _converted(path: Path) -> Path:
+    """The GGUF file's weights as a cached folder of safetensors."""
+    stat = path.stat()
+    mark = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()
+    folder = cache_folder() / f"{path.stem}-{hashlib.blake2b(mark, digest_size=6).hexdigest()}"
+    if not (folder / "config.json").exists():
+        with atomic_path(folder) as fresh:
+            _convert(path, fresh, name=path.stem)
+    return folder
+
+
+def _convert(path: Path, folder: Path, name: str) -> None:
     _require_gguf()
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _naming(str(path), str(path)):
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    _forget_quantisation(model)
+    model.config.name_or_path = name
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
-        path = _fetch_smollm2(Path(work))
-        model, tokenizer = load(str(path))
-        model.config.name_or_path = "SmolLM2-135M-Instruct"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _convert(_fetch_smollm2(Path(work)), folder, name="SmolLM2-135M-Instruct")
 
 
 def _fetch_smollm2(work: Path) -> Path:

@@ -77,6 +77,11 @@ class TextData:
     fingerprint: str
     leaked_paragraphs: int
 
+    @property
+    def parts(self) -> dict[str, Blocks]:
+        """The three parts by name."""
+        return {"train": self.train, "selection": self.selection, "validation": self.validation}
+
 
 def prepare(
     source: str,

@@ -1,0 +1,272 @@
+"""The command line. Rooms are imported inside the commands, so that --help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sparing.errors import ConfigError, SparingError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make neural networks do more with the parameters they have.",
+)
+console = Console()
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Hub id, folder, GGUF file, smollm2-135m or tiny.")
+]
+DataOption = Annotated[
+    str, typer.Option(help="python-topics, python-source, a file, a folder or a hub data set.")
+]
+TargetOption = Annotated[
+    str, typer.Option(help='Layers to adapt: "all-linear", names with commas, or a regex.')
+]
+StepsOption = Annotated[int, typer.Option(help="Optimiser steps of every run.")]
+BatchOption = Annotated[int, typer.Option(help="Rows a step, over all processes.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens a row.")]
+DtypeOption = Annotated[str, typer.Option(help="Type of the base weights: float32 or bfloat16.")]
+
+
+def main() -> None:
+    """Entry point: 0 is fine, 1 means that some runs failed, 2 is bad input."""
+    try:
+        app()
+    except SparingError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def methods(
+    room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
+) -> None:
+    """List the methods: built ones are ready, the others planned."""
+    from rich.table import Table
+
+    from sparing.catalog import CATALOG
+    from sparing.errors import near_matches
+
+    rooms = sorted({method.room for method in CATALOG})
+    if room is not None and room not in rooms:
+        raise ConfigError(
+            "room", expected="a room", found=repr(room), mend=near_matches(room, rooms)
+        )
+    table = Table("method", "room", "status", "title")
+    for method in CATALOG:
+        if room in (None, method.room):
+            colour = "green" if method.status == "ready" else "dim"
+            table.add_row(method.slug, method.room, f"[{colour}]{method.status}[/]", method.title)
+    console.print(table)
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    data: DataOption = "python-topics",
+    budget: Annotated[str, typer.Option(help="Such as 0.45%, 600k or 4MiB.")] = "0.5%",
+    methods: Annotated[
+        str,
+        typer.Option(help='With commas: lora, full, our methods, peft:<name>, peft:<name>{"r":8}.'),
+    ] = "lora,all-adapt",
+    steps: StepsOption = 60,
+    batch_size: BatchOption = 4,
+    block_length: LengthOption = 128,
+    seeds: Annotated[int, typer.Option(help="Seeds to average over.")] = 1,
+    lr_grid: Annotated[
+        list[str] | None,
+        typer.Option(help="Rates to try: 1e-4,1e-3 for all methods or mos:1e-3,3e-3 for one."),
+    ] = None,
+    target_modules: TargetOption = "all-linear",
+    schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
+    selection_blocks: Annotated[int, typer.Option(help="Rows to choose the rate on.")] = 8,
+    validation_blocks: Annotated[int, typer.Option(help="Rows to report on.")] = 16,
+    dtype: DtypeOption = "float32",
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Spread the runs over Ray: auto, local or an address.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run everything in this process.")
+    ] = False,
+) -> None:
+    """Compare fine-tuning methods on one model at one budget; the same command resumes."""
+    _quiet_libraries()
+    from sparing.compare.comparison import compare as run
+    from sparing.compare.competitors import split_methods
+    from sparing.compare.progress import Live
+    from sparing.compare.settings import Settings, parse_grid
+
+    settings = Settings(
+        model=model,
+        data=data,
+        budget=budget,
+        methods=tuple(split_methods(methods)),
+        steps=steps,
+        batch_size=batch_size,
+        block_length=block_length,
+        seeds=tuple(range(seeds)),
+        learning_rates=parse_grid(lr_grid or []),
+        target_modules=_targets(target_modules),
+        schedule=schedule,
+        selection_blocks=selection_blocks,
+        validation_blocks=validation_blocks,
+        dtype=dtype,
+    )
+    folder = out or settings.default_folder()
+    first = int(os.environ.get("RANK", "0")) == 0
+    screen = console if first else Console(quiet=True)
+    with Live(screen) as live:
+        results = run(settings, folder=folder, ray=ray, isolate=not in_process, progress=live)
+    if first:
+        from sparing.report import render_table, write_report
+
+        write_report(results, folder)
+        console.print(render_table(results))
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    if any(row.status == "failed" for row in results.rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def adapt(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    method: Annotated[str, typer.Option(help="One of our methods, lora or peft:<name>.")] = "mos",
+    data: DataOption = "python-topics",
+    budget: Annotated[
+        str | None, typer.Option(help="Size by budget, such as 0.45%; else the options decide.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the method: name=value, as JSON.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default: the middle of the method's grid.")
+    ] = None,
+    steps: StepsOption = 100,
+    batch_size: BatchOption = 4,
+    block_length: LengthOption = 128,
+    target_modules: TargetOption = "all-linear",
+    seed: Annotated[int, typer.Option(help="Of data order and random choices.")] = 0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Train one adapter and write it, ready for peft.PeftModel.from_pretrained."""
+    _quiet_libraries()
+    from sparing.compare.progress import Live
+    from sparing.compare.single import Request, train_adapter
+
+    request = Request(
+        model=model,
+        method=method,
+        data=data,
+        budget=budget,
+        options=_options(option or []),
+        learning_rate=learning_rate,
+        steps=steps,
+        batch_size=batch_size,
+        block_length=block_length,
+        target_modules=_targets(target_modules),
+        seed=seed,
+        dtype=dtype,
+    )
+    with Live(console) as live:
+        outcome = train_adapter(request, out, live)
+    console.print(
+        f"{outcome.parameters:,} parameters trained; held-out loss "
+        f"{outcome.loss_before:.4f} -> {outcome.loss:.4f} nats a token; adapter: {out}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command()
+def reproduce(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Methods; see --all.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seeds: Annotated[int, typer.Option(help="Seeds to run.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("evidence"),
+) -> None:
+    """Run the small experiment that stands for a paper's claim, and record what it shows."""
+    from sparing.errors import near_matches
+    from sparing.reproduce import available
+    from sparing.reproduce import reproduce as run
+
+    chosen = available() if everything else slugs or []
+    if not chosen:
+        raise ConfigError(
+            "slug",
+            expected="at least one method",
+            found="none",
+            mend=near_matches("", available()) + " Or --all.",
+        )
+    for slug in chosen:
+        claim, evidence = run(slug, device=device, seeds=range(seeds), out=out)
+        console.print(f"[bold]{slug}[/]: {claim.text} ({claim.number}; {claim.source})")
+        for kind, checks in (("check", evidence.checks), ("control", evidence.controls)):
+            for check in checks:
+                mark = "[green]yes[/]" if check.holds else "[red]no[/]"
+                console.print(
+                    f"  {kind}: {_escape(check.statement)}: {check.measured:.4g} "
+                    f"(threshold {check.threshold:.4g}) {mark}"
+                )
+        console.print(f"  verdict: [bold]{evidence.verdict}[/] in {evidence.seconds:.0f} s")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run folder with a results.json.")],
+) -> None:
+    """Draw the report of a finished comparison again, and print its table."""
+    from sparing.compare.results import Results
+    from sparing.report import render_table, write_report
+
+    results = Results.load(folder / "results.json")
+    write_report(results, folder)
+    console.print(render_table(results))
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _targets(text: str) -> Any:
+    return text.split(",") if "," in text else text
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    import json
+
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ConfigError(
+                "option", expected="name=value", found=repr(text), mend="For example: --option r=8"
+            )
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _quiet_libraries() -> None:
+    """Progress is ours to show; the libraries' own bars and advice would tear it apart."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,143 @@
+"""Train one adapter: the same jobs as a comparison, for one method at one learning rate."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparing import pretrained
+from sparing.budget import Budget
+from sparing.checkpoint import atomic_path, read_json, write_json
+from sparing.compare import jobs
+from sparing.compare.competitors import competitor
+from sparing.compare.jobs import Job, save_blocks
+from sparing.compare.progress import Progress, Silent
+from sparing.compare.sizing import MetaModel, solve
+from sparing.data import prepare
+from sparing.errors import CheckpointError, ConfigError
+from sparing.train import DivergedError, TrainPlan
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train.
+
+    Arguments:
+        model: hub id, folder, GGUF file or a built-in name.
+        method: a competitor, as in comparisons.
+        data: corpus, file, folder or hub data set.
+        budget: sizes the method if given.
+        options: of the method's config, on top of the budget's choice.
+        learning_rate: None for the middle of the method's grid.
+        steps: optimiser steps.
+        batch_size: rows a step.
+        block_length: tokens a row.
+        target_modules: layers to adapt.
+        seed: of data order and random choices.
+        dtype: of the base weights.
+    """
+
+    model: str
+    method: str
+    data: str
+    budget: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+    steps: int = 100
+    batch_size: int = 4
+    block_length: int = 128
+    target_modules: Any = "all-linear"
+    seed: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: trained parameters, and losses on held-out text in nats a token."""
+
+    parameters: int
+    loss_before: float
+    loss: float
+
+
+def train_adapter(request: Request, out: Path, progress: Progress | None = None) -> Outcome:
+    """Train an adapter and write it to `out`; an interrupted call resumes when repeated.
+
+    Work in progress lives in `.<name>.work` beside `out` until the adapter is complete.
+
+    Raises:
+        ConfigError: a bad option; or full fine-tuning, which leaves no adapter.
+        CheckpointError: `out` exists, or unfinished work of another request is in the way.
+        DivergedError: the loss became NaN or infinite.
+    """
+    progress = progress or Silent()
+    entry = competitor(request.method)
+    if entry.config_class is None:
+        raise ConfigError(
+            "method", expected="a method with an adapter", found="full", mend="Choose another."
+        )
+    if out.exists():
+        raise CheckpointError(
+            str(out), expected="a new folder", found="an existing one", mend="Choose another --out."
+        )
+    entry = dataclasses.replace(entry, fixed={**entry.fixed, **request.options})
+    source = pretrained.resolve(request.model)
+    work = out.parent / f".{out.name}.work"
+    _claim(work, request)
+    progress.stage("preparing the data")
+    data = prepare(
+        request.data, pretrained.load_tokenizer(source), block_length=request.block_length
+    )
+    save_blocks(work / "data.safetensors", data.parts)
+    options = dict(request.options)
+    if request.budget is not None:
+        progress.stage("sizing the method")
+        meta = MetaModel(source, request.target_modules)
+        options |= solve(entry, meta, Budget.parse(request.budget)).options
+    grid = entry.learning_rates
+    plan = TrainPlan(
+        steps=request.steps,
+        batch_size=request.batch_size,
+        learning_rate=request.learning_rate or grid[len(grid) // 2],
+        seed=request.seed,
+    )
+    base = Job("base", source, str(work / "data.safetensors"), str(work / "base"))
+    base = dataclasses.replace(base, dtype=request.dtype)
+    training = dataclasses.replace(
+        base,
+        kind="train",
+        folder=str(work / "train"),
+        method=request.method,
+        options=options,
+        target_modules=request.target_modules,
+        plan=plan,
+    )
+    progress.expect([training])
+    before = _finish(jobs.run(base))
+    after = _finish(jobs.run(training, lambda step, loss: progress.step(training, step, loss)))
+    with atomic_path(out) as fresh:
+        shutil.copytree(work / "train" / "adapter", fresh)
+    shutil.rmtree(work)
+    return Outcome(after["trainable_parameters"], before["selection_loss"], after["selection_loss"])
+
+
+def _claim(work: Path, request: Request) -> None:
+    mark, mine = work / "request.json", dataclasses.asdict(request)
+    if not mark.exists():
+        write_json(mark, mine)
+    elif read_json(mark) != mine:
+        raise CheckpointError(
+            str(work),
+            expected="unfinished work of this very command",
+            found="that of another one",
+            mend="Delete the folder, or choose another --out.",
+        )
+
+
+def _finish(result: dict[str, Any]) -> dict[str, Any]:
+    if "error" in result:
+        raise DivergedError(
+            "training", expected="a finished run", found=str(result["error"]), mend="See above."
+        )
+    return result
