@@ -54,7 +54,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     source = resolve(name)
     with _naming(name, source):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return Pretrained(model.to(device).eval(), tokenizer)
 
 
@@ -122,7 +122,7 @@ def _require_gguf() -> None:
         raise MissingExtraError.of("gguf", "compare") from error
 
 
-def _forget_quantisation(model: PreTrainedModel) -> None:
+def _forget_quantisation(model: Any) -> None:
     """Weights read from GGUF are plain floats; without this they could not be saved."""
     model.hf_quantizer = None
     model.is_quantized = False
@@ -146,7 +146,7 @@ def _convert(path: Path, folder: Path, name: str) -> None:
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _naming(str(path), str(path)):
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     _forget_quantisation(model)
     model.config.name_or_path = name
     model.save_pretrained(folder)

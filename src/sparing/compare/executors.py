@@ -1,5 +1,6 @@
 """Where jobs run: each in a process of its own, all in this one, or on a Ray cluster."""
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ class InProcess:
     """One job after another in this process; under `accelerate launch`, on all of its processes."""
 
     def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
-        return [jobs.run(job, lambda step, loss, job=job: on_step(job, step, loss)) for job in work]
+        return [jobs.run(job, functools.partial(on_step, job)) for job in work]
 
 
 class Isolated:

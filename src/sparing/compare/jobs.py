@@ -227,11 +227,9 @@ def _model(job: Job, accelerator: Accelerator, source: str | None = None) -> nn.
     return pretrained.load(source or job.model, dtype=dtype, device=str(accelerator.device)).model
 
 
-def _save(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-    else:
-        model.save_pretrained(folder, state_dict=state)
+def _save(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(folder), state_dict=state, **options)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -78,7 +78,7 @@ class MetaModel:
     def module_kinds(self, competitor: Competitor, options: Mapping[str, Any]) -> list[str]:
         """Last names of the modules it adapts, such as q_proj, in the model's order."""
         with self._adapted(competitor, options) as model:
-            names = model.base_model.targeted_module_names
+            names: list[str] = model.base_model.targeted_module_names  # type: ignore[assignment]
             return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
     @contextmanager

@@ -119,20 +119,23 @@ def prepare(
         blocks = [_text_blocks(part, tokenizer, block_length) for part in documents]
     limits = (None, selection_blocks, validation_blocks)
     named = dict(zip(("train", "selection", "validation"), blocks, strict=True))
-    for name, part in named.items():
-        if len(part.input_ids) == 0:
+    for name, batch in named.items():
+        if len(batch.input_ids) == 0:
             raise DataError(
                 f"data {source!r}",
                 expected=f"at least one block of {block_length} tokens for {name}",
                 found=f"{sum(int(b.attention_mask.sum()) for b in blocks)} tokens in full blocks",
                 mend="Give more text, or a smaller --block-length.",
             )
-    cut = [Blocks(Batch(*(t[:limit] for t in b))) for b, limit in zip(blocks, limits, strict=True)]
+    train, selection, validation = (
+        Blocks(Batch(*(tensor[:limit] for tensor in batch)))
+        for batch, limit in zip(blocks, limits, strict=True)
+    )
     digest = hashlib.blake2b(digest_size=8)
-    for part in cut:
+    for part in (train, selection, validation):
         digest.update(part.batch.input_ids.numpy().tobytes())
         digest.update(part.batch.labels.numpy().tobytes())
-    return TextData(source, *cut, fingerprint=digest.hexdigest(), leaked_paragraphs=leaked)
+    return TextData(source, train, selection, validation, digest.hexdigest(), leaked)
 
 
 def _split_documents(
