@@ -1,0 +1,41 @@
+# Two commands for newcomers: `make demo` and `make test`. Both create .venv when it is missing.
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := --data python-topics --budget 0.45% --methods lora,mos,neuroada,sara,hut,peft:vera \
+	--steps 10 --batch-size 2 --block-length 128 --selection-blocks 4 --validation-blocks 8
+
+.PHONY: demo test check docs picture clean
+
+demo: $(VENV)/installed
+	$(BIN)/sparing compare smollm2-135m $(DEMO) --out runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/developer
+	$(BIN)/mkdocs build --strict
+
+# The run behind the table and the picture in README.md and docs/gallery.md: an hour on two cores.
+picture: $(VENV)/installed
+	$(BIN)/sparing compare smollm2-135m --budget 0.45% --methods lora,mos,neuroada,sara,hut \
+		--steps 60 --seeds 2 --out runs/picture
+	cp runs/picture/overview.png docs/images/overview.png
+	cp runs/picture/results.json docs/results-smollm2.json
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/developer: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
