@@ -103,8 +103,8 @@ class Results:
     """A whole comparison.
 
     Arguments:
-        model: name, source, parameters (total), architecture.
-        data: name, source, tokens per part, block length, fingerprint.
+        model: name, source, parameters (total).
+        data: name, block length, predicted tokens of each part, paragraphs dropped, fingerprint.
         budget: text, unit ("parameters" or "bytes") and limit as a whole number.
         settings: steps, batch size, schedule, optimiser, seeds and all else that was equal.
         rows: in the order of the command line, references first.
