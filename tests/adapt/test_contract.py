@@ -22,7 +22,7 @@ METHODS = {
     if isinstance(config, type) and issubclass(config, TunerConfig)
 }
 EXAMPLES: dict[str, dict[str, object]] = {
-    "mos": {"r": 4, "budget_rank": 2, "shards": 2, "private_rank": 1, "lora_dropout": 0.0},
+    "mos": {"r": 3, "budget_rank": 2, "shards": 2, "private_rank": 1, "lora_dropout": 0.0},
     "neuroada": {"k": 2},
     "sara": {"n_params": 400},
     "hut": {"r": 2},

@@ -1,0 +1,68 @@
+"""A MoS adapter as the plain LoRA that it amounts to."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from sparing.adapt.mos import MoSTuner, adapted_layers, shard_pools
+from sparing.checkpoint import atomic_path
+
+_CARRIED_OVER = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
+
+
+def export_lora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Write a MoS adapter as a plain PEFT LoRA of rank r, which needs no sparing to load.
+
+    The file is r / budget_rank times the size of the compact one that `save_pretrained` writes.
+    Modules trained in full are written too. The folder is replaced as a whole, or left as it was.
+
+    Arguments:
+        model: with a MoS adapter.
+        folder: to write `adapter_config.json` and `adapter_model.safetensors` to.
+        adapter_name: of the adapter.
+
+    Raises:
+        ConfigError: the model has no MoS adapter of that name.
+        CheckpointError: the folder cannot be written.
+    """
+    shard_pools(model, adapter_name)
+    config: Any = model.peft_config[adapter_name]
+    tensors = {
+        key: tensor
+        for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+        if f".{MoSTuner.prefix}" not in key
+    }
+    transposed = False
+    for name, layer, adapter in adapted_layers(model, adapter_name):
+        with torch.no_grad():
+            a, b = adapter.factors(adapter.pool.a.dtype)
+        tensors[f"{name}.lora_A.weight"] = a
+        tensors[f"{name}.lora_B.weight"] = b.t() / adapter.scaling
+        transposed |= isinstance(layer.get_base_layer(), Conv1D)
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        fan_in_fan_out=transposed,
+        inference_mode=True,
+        **{option: getattr(config, option) for option in _CARRIED_OVER},
+    )
+    with atomic_path(Path(folder)) as fresh:
+        fresh.mkdir()
+        lora.save_pretrained(str(fresh))
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
