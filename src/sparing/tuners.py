@@ -5,6 +5,7 @@ A method is three small classes in one file: a config (what the user writes), a 
 which layer). Everything PEFT promises about named adapters, merging, saving and loading is here.
 """
 
+import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -97,6 +98,17 @@ def option_for(pattern: dict[str, Any] | None, module_name: str, default: Any) -
     if not pattern:
         return default
     return pattern.get(get_pattern_key(pattern.keys(), module_name), default)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU for one random choice: other names, other numbers.
+
+    Arguments:
+        seed: of the adapter.
+        name: of the module and of what is drawn for it.
+    """
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
 def matrix_view(layer: nn.Module, tensor: Tensor) -> Tensor:
@@ -297,8 +309,19 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         return (change.t() if isinstance(layer, Conv1D) else change).reshape(base.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may approximate the adapter by a LoRA through `get_delta_weight`."""
-        return adapter_name in self.adapters and self.adapters[adapter_name].mergeable
+        """Whether PEFT may approximate the adapter by a LoRA through `get_delta_weight`: only if
+        it leaves the bias alone, which a LoRA cannot change."""
+        if adapter_name not in self.adapters or not self.adapters[adapter_name].mergeable:
+            return False
+        layer = self.get_base_layer()
+        weight, bias = matrix_view(layer, self.get_base_weight()), getattr(layer, "bias", None)
+        with torch.no_grad():
+            after = self.adapters[adapter_name].merged(weight, bias)[1]
+        return after is bias or (after is not None and torch.equal(after, _or_zeros(bias, after)))
+
+
+def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tensor is None else tensor
 
 
 class AdaptedLinear(TunerLayer):
@@ -358,7 +381,10 @@ class Tuner(BaseTuner):
         """
 
     def before_step(self) -> None:
-        """Called once the gradients are complete, before they are clipped and used."""
+        """Called once the gradients are complete, before they are used.
+
+        Our own loop clips the gradients afterwards, `Trainer` has clipped them before.
+        """
 
     @property
     def shared(self) -> nn.ModuleDict:
