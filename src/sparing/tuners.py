@@ -54,6 +54,7 @@ class TunerConfig(PeftConfig):
         bound_to_base: whether the adapter makes sense only on the very weights it was trained on.
         size_option: the integer option that sets the number of trainable parameters.
         size_pattern_option: the option that sets it per module, if there is one.
+        smaller_options: options to fall back to, in order, where the defaults exceed a budget.
         learning_rates: a grid around the paper's, ascending.
     """
 
@@ -61,6 +62,7 @@ class TunerConfig(PeftConfig):
     bound_to_base: ClassVar[bool] = False
     size_option: ClassVar[str]
     size_pattern_option: ClassVar[str | None] = None
+    smaller_options: ClassVar[tuple[dict[str, Any], ...]] = ()
     learning_rates: ClassVar[tuple[float, ...]]
 
     target_modules: list[str] | str | None = None
@@ -97,7 +99,7 @@ def option_for(pattern: dict[str, Any] | None, module_name: str, default: Any) -
     """
     if not pattern:
         return default
-    return pattern.get(get_pattern_key(pattern.keys(), module_name), default)
+    return pattern.get(get_pattern_key(list(pattern), module_name), default)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -191,8 +193,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._unmerged: tuple[Tensor, nn.Parameter | None] | None = None
 
     @property
-    def adapters(self) -> nn.ModuleDict:
-        """The adapters of this layer by name."""
+    def adapters(self) -> Any:
+        """The adapters of this layer by name: a `nn.ModuleDict` of `LayerAdapter`s."""
         return getattr(self, self.adapter_layer_names[0])
 
     def add(self, name: str, adapter: LayerAdapter) -> None:
@@ -233,7 +235,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         return self._through_weights(x, active)
 
     def _through_weights(self, x: Tensor, active: Iterable[Any]) -> Tensor:
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         weight, bias = matrix_view(layer, self.get_base_weight()), getattr(layer, "bias", None)
         for adapter in active:
             weight, bias = adapter.merged(weight, bias)
@@ -253,7 +255,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
         if not names:
             return
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         if self.quantization_backend is not None:
             raise ConfigError(
                 type(layer).__name__,
@@ -293,7 +295,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         weight, bias = self._unmerged
         layer.weight.data = weight.to(layer.weight.device)
         layer.bias = bias
@@ -302,7 +304,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the base weight by one adapter, shaped like the base weight."""
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         base = self.get_base_weight()
         weight = matrix_view(layer, base)
         change = self.adapters[adapter].merged(weight, getattr(layer, "bias", None))[0] - weight
@@ -311,13 +313,20 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may approximate the adapter by a LoRA through `get_delta_weight`: only if
         it leaves the bias alone, which a LoRA cannot change."""
-        if adapter_name not in self.adapters or not self.adapters[adapter_name].mergeable:
+        adapter: Any = self.adapters[adapter_name] if adapter_name in self.adapters else None
+        if adapter is None or not adapter.mergeable:
             return False
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         weight, bias = matrix_view(layer, self.get_base_weight()), getattr(layer, "bias", None)
         with torch.no_grad():
-            after = self.adapters[adapter_name].merged(weight, bias)[1]
+            after = adapter.merged(weight, bias)[1]
         return after is bias or (after is not None and torch.equal(after, _or_zeros(bias, after)))
+
+
+def _weight_of(layer: TunerLayer) -> Tensor:
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -341,7 +350,7 @@ class Tuner(BaseTuner):
 
     prefix: str
     tuner_layer_cls = TunerLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
 
     def new_adapter(
@@ -397,7 +406,7 @@ class Tuner(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         shared = self.new_shared(config, self.targets(config))
         if shared is not None:
             self.shared[adapter_name] = shared
@@ -426,7 +435,7 @@ class Tuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         layer = target.get_base_layer() if isinstance(target, TunerLayer) else target
         self._check_layer(layer, current_key)
@@ -455,7 +464,7 @@ class Tuner(BaseTuner):
 
     def _check_base(self, config: TunerConfig, adapter_name: str) -> None:
         found = fingerprint(
-            module.get_base_layer().weight
+            _weight_of(module)
             for module in self.model.modules()
             if isinstance(module, TunerLayer) and adapter_name in module.adapters
         )
