@@ -2,7 +2,7 @@
 
 A sparse matrix here is a vector of values plus a fixed `Pattern` of positions. Two products use it:
 
-* `patched_linear` multiplies by a dense weight in which the entries have been replaced. The patched
+* `patched_linear` multiplies by a dense weight in which the entries have been changed. The patched
   copy lives inside the product and is rebuilt, not kept, for the backward.
 * `Pattern.linear` multiplies by the sparse matrix alone, for base layers whose weight is packed.
 
@@ -11,6 +11,7 @@ weight is never formed unless so many entries are chosen that one dense product 
 then only inside its layer's backward.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ def top_entries(score: Tensor, count: int, *, scope: Scope) -> Tensor:
     Ties go to the lowest column (then row), so the choice is the same on every device.
 
     Arguments:
-        score: (rows, columns), floating point.
+        score: (rows, columns), floating point without NaN.
         count: entries per row, or in all; cut to what there is.
         scope: where the entries compete.
 
@@ -38,9 +39,12 @@ def top_entries(score: Tensor, count: int, *, scope: Scope) -> Tensor:
         bool mask shaped like `score`.
     """
     pool = score if scope == "row" else score.reshape(1, -1)
-    order = torch.argsort(pool, dim=1, descending=True, stable=True)[:, :count]
-    mask = torch.zeros_like(pool, dtype=torch.bool).scatter_(1, order, True)
-    return mask.reshape(score.shape)
+    if count < 1:
+        return torch.zeros_like(score, dtype=torch.bool)
+    lowest = pool.topk(min(count, pool.shape[1]), dim=1).values[:, -1:]
+    above, level = pool > lowest, pool == lowest
+    room = count - above.sum(dim=1, keepdim=True)
+    return (above | (level & (level.cumsum(dim=1) <= room))).reshape(score.shape)
 
 
 class Pattern(nn.Module):
@@ -51,7 +55,7 @@ class Pattern(nn.Module):
         stored_counts: (height,) uint16 or int32, entries per row; absent if all rows have as many.
 
     Arguments:
-        mask: (height, width) bool; on the meta device use `uniform` instead.
+        mask: (height, width) bool; on the meta device use `unplaced` instead.
     """
 
     rows: Tensor
@@ -62,34 +66,56 @@ class Pattern(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        columns = mask.nonzero()[:, 1].to(torch.int32)
-        self._build((mask.shape[0], mask.shape[1]), columns, mask.sum(dim=1))
+        counts = mask.sum(dim=1)
+        uniform = bool((counts == counts[0]).all())
+        self._build(tuple(mask.shape), mask.nonzero()[:, 1], None if uniform else counts)
 
     @classmethod
-    def uniform(cls, columns: Tensor, width: int) -> "Pattern":
-        """The pattern with the same number of entries in every row.
+    def at(cls, positions: Tensor, shape: tuple[int, int]) -> "Pattern":
+        """The pattern of some positions of the flattened matrix.
 
         Arguments:
-            columns: (height, entries per row) integers, ascending and distinct within a row.
-            width: of the matrix.
+            positions: (entries,) int64, distinct, row * width + column; any order.
+            shape: (height, width).
+        """
+        positions = positions.sort().values
+        counts = torch.bincount(positions // shape[1], minlength=shape[0])
+        uniform = bool((counts == counts[0]).all())
+        return cls.stored(positions % shape[1], None if uniform else counts, shape)
+
+    @classmethod
+    def stored(cls, columns: Tensor, counts: Tensor | None, shape: tuple[int, int]) -> "Pattern":
+        """The pattern that was saved as these two tensors.
+
+        Arguments:
+            columns: (entries,) integers, row by row, ascending and distinct within a row.
+            counts: (height,) integers, entries per row; None if all rows have as many.
+            shape: (height, width).
         """
         pattern = cls.__new__(cls)
         nn.Module.__init__(pattern)
-        height, count = columns.shape
-        counts = torch.full((height,), count, device=columns.device)
-        pattern._build((height, width), columns.reshape(-1).to(torch.int32), counts, uniform=True)
+        pattern._build(shape, columns, counts)
         return pattern
 
-    def _build(
-        self, shape: tuple[int, int], columns: Tensor, counts: Tensor, uniform: bool | None = None
-    ) -> None:
-        self.shape = shape
-        if uniform is None:
-            uniform = bool((counts == counts[0]).all())
+    @classmethod
+    def unplaced(cls, entries: int, shape: tuple[int, int]) -> "Pattern":
+        """A pattern on the meta device, which only says how many entries there are.
+
+        Arguments:
+            entries: in all.
+            shape: (height, width).
+        """
+        meta = torch.device("meta")
+        counts = None
+        if entries % shape[0]:
+            counts = torch.empty(shape[0], dtype=torch.int64, device=meta)
+        return cls.stored(torch.empty(entries, dtype=torch.int32, device=meta), counts, shape)
+
+    def _build(self, shape: tuple[int, ...], columns: Tensor, counts: Tensor | None) -> None:
+        self.shape = (shape[0], shape[1])
         small = torch.uint16 if shape[1] < 2**16 else torch.int32
         self.register_buffer("stored_columns", columns.to(small))
-        self.register_buffer("stored_counts", None if uniform else counts.to(small))
-        self._entries_per_row = len(columns) // shape[0] if uniform else None
+        self.register_buffer("stored_counts", None if counts is None else counts.to(small))
         for name, tensor in zip(("rows", "columns", "row_starts"), self._expand(), strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -97,13 +123,17 @@ class Pattern(nn.Module):
         height = self.shape[0]
         columns = self.stored_columns.to(torch.int32)
         if self.stored_counts is None:
-            counts = torch.full((height,), self._entries_per_row, device=columns.device)
+            counts = torch.full((height,), len(columns) // height, device=columns.device)
         else:
             counts = self.stored_counts.long()
         row_starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         numbers = torch.arange(height, device=columns.device, dtype=torch.int32)
         rows = numbers.repeat_interleave(counts, output_size=len(columns))
         return rows, columns, row_starts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pattern":
+        # PEFT moves each new module to its layer's device, also one whose positions come later.
+        return self if self.columns.is_meta else super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -147,21 +177,30 @@ class Pattern(nn.Module):
         return y.view(*x.shape[:-1], self.shape[0])
 
     def patched_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, entries: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        entries: Tensor,
+        *,
+        added: bool = False,
     ) -> Tensor:
-        """x Wᵀ + bias for W with its chosen entries replaced; differentiable in x and entries.
+        """x Wᵀ + bias for W with its chosen entries changed; differentiable in x and entries.
 
         Arguments:
-            x: (..., width), of the type of `weight`.
+            x: (..., width), floating point; the product is formed in its type.
             weight: (height, width), frozen; any strides, so a transposed view will do.
             bias: (height,) or None, frozen.
-            entries: (entries,) float32 or float64, cast once to the type of `weight`.
+            entries: (entries,) float32 or float64, cast once to the type of `x`.
+            added: whether `entries` are added to those of `weight`, in the higher precision of
+                the two, instead of replacing them.
 
         Returns:
-            (..., height), of the type of `weight`.
+            (..., height), of the type of `x`.
         """
         flat = x.reshape(-1, self.shape[1])
-        y = _patched_linear(flat, weight, bias, entries, self.rows, self.columns, self.row_starts)
+        positions = (self.rows, self.columns, self.row_starts)
+        y = _patched_linear(flat, weight, bias, entries, *positions, added)
         return y.view(*x.shape[:-1], self.shape[0])
 
 
@@ -182,6 +221,22 @@ def _entry_gradients(
     return torch.sparse.sampled_addmm(
         pattern, grad.t().contiguous(), x.t().contiguous().t()
     ).values()
+
+
+def _patch(
+    weight: Tensor,
+    entries: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    dtype: torch.dtype,
+    added: bool,
+) -> Tensor:
+    values = weight[rows, columns] + entries if added else entries
+    return weight.to(dtype, copy=True).index_put_((rows, columns), values.to(dtype))
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 @torch.library.custom_op("sparing::sparse_linear", mutates_args=())
@@ -221,9 +276,9 @@ def _patched_linear(
     rows: Tensor,
     columns: Tensor,
     row_starts: Tensor,
+    added: bool,
 ) -> Tensor:
-    patched = weight.index_put((rows, columns), entries.to(weight.dtype))
-    return F.linear(x, patched, bias)
+    return F.linear(x, _patch(weight, entries, rows, columns, x.dtype, added), _cast(bias, x.dtype))
 
 
 @_patched_linear.register_fake
@@ -235,6 +290,7 @@ def _(
     rows: Tensor,
     columns: Tensor,
     row_starts: Tensor,
+    added: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -248,11 +304,11 @@ def _patched_linear_backward(
     rows: Tensor,
     columns: Tensor,
     row_starts: Tensor,
+    added: bool,
 ) -> tuple[Tensor, Tensor]:
-    patched = weight.index_put((rows, columns), entries.to(weight.dtype))
     exact = entries.dtype
     grad_entries = _entry_gradients(grad.to(exact), x.to(exact), rows, columns, row_starts)
-    return grad @ patched, grad_entries
+    return grad @ _patch(weight, entries, rows, columns, x.dtype, added), grad_entries
 
 
 @_patched_linear_backward.register_fake
@@ -264,6 +320,7 @@ def _(
     rows: Tensor,
     columns: Tensor,
     row_starts: Tensor,
+    added: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(entries)
 
@@ -274,7 +331,7 @@ def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _keep_all_but_bias(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, *rest = inputs
+    x, weight, _bias, *rest, ctx.added = inputs
     ctx.save_for_backward(x, weight, *rest)
 
 
@@ -284,8 +341,8 @@ def _sparse_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _patched_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, grad_entries = _patched_linear_backward(grad, *ctx.saved_tensors)
-    return grad_x, None, None, grad_entries, None, None, None
+    grad_x, grad_entries = _patched_linear_backward(grad, *ctx.saved_tensors, ctx.added)
+    return grad_x, None, None, grad_entries, None, None, None, None
 
 
 _sparse_linear.register_autograd(_sparse_grads, setup_context=_keep_all)

@@ -586,7 +586,7 @@ def test_options_that_cannot_work_are_refused_by_name(options, named):
 @pytest.mark.parametrize(("r", "found"), [(5, "8 inputs and 6 outputs"), (7, "widths 8 and 6")])
 def test_a_rank_that_does_not_fit_is_refused_with_the_widths(r, found):
     with pytest.raises(ConfigError, match=found) as error:
-        fit(toy(8, 6), r=r)
+        fit(toy(8, 6), r=r, strict=True)
     assert "'linear'" in str(error.value)
 
 
