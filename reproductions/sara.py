@@ -126,7 +126,7 @@ def options(entries: int, seed: int) -> dict[str, dict[str, object]]:
         "sara, one stage": same | {"progressive_at": None},
         "sara": same,
         # λ = 1e-4 every step on all matrices, applied five-fold every fifth step to save SVDs.
-        "sara, nuclear": same | {"lambda_rank": 5e-4, "rank_every": 5, "rank_matrices": "all"},
+        "sara, nuclear": same | {"lambda_rank": 1e-4, "rank_every": 5, "rank_matrices": "all"},
     }
 
 
