@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := --data python-topics --budget 0.45% --methods lora,mos,neuroada,sara,hut,peft:vera \
-	--steps 10 --batch-size 2 --block-length 128 --selection-blocks 4 --validation-blocks 8
+	--steps 8 --batch-size 1 --block-length 128 --selection-blocks 4 --validation-blocks 8
 
 .PHONY: demo test check docs picture clean
 

@@ -33,6 +33,8 @@ _SCALES: dict[str, tuple[Unit, Fraction]] = {
     "bit": (Unit.BITS, Fraction(1)),
 }
 _PATTERN = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*(%|[A-Za-z]*)\s*", re.ASCII)
+_LONGEST = 100  # characters; Python refuses to read numbers of some thousand digits
+_BYTES_PER_PARAMETER = 4
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ class Budget:
         Raises:
             ConfigError: the text is no number with a known unit, or not above zero.
         """
-        match = _PATTERN.fullmatch(text)
+        match = _PATTERN.fullmatch(text) if len(text) <= _LONGEST else None
         unit_text = match.group(2).lower() if match else ""
         if match is None or unit_text not in _SCALES:
             raise ConfigError(
                 "budget",
                 expected="a number with a unit, such as 0.45%, 600k, 2M, 4MiB or 3.65bit",
-                found=repr(text),
+                found=repr(text[:_LONGEST]),
                 mend=f"Known units: {', '.join(u for u in _SCALES if u)}; none means parameters.",
             )
         unit, scale = _SCALES[unit_text]
@@ -93,10 +95,13 @@ class Budget:
                 mend="Bits per weight are a target of `sparing compress`.",
             )
         amount = self.amount * total_parameters if self.unit is Unit.SHARE else self.amount
-        if self.unit is Unit.PARAMETERS and amount > total_parameters:
+        counts_bytes = self.unit is Unit.BYTES
+        most = total_parameters * (_BYTES_PER_PARAMETER if counts_bytes else 1)
+        if amount > most:
+            counted = "bytes in float32" if counts_bytes else "parameters"
             raise ConfigError(
                 "budget",
-                expected=f"at most the model's own {total_parameters:,} parameters",
+                expected=f"at most the model's own {most:,} {counted}",
                 found=repr(self.text),
                 mend="Give a smaller budget, or fine-tune the whole model.",
             )

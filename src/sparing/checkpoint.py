@@ -12,6 +12,10 @@ from typing import Any
 from sparing.errors import CheckpointError
 
 
+class UnwritableError(CheckpointError):
+    """A file cannot be written: no room, no permission, or a file where a folder should be."""
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its place when the block ends well.
@@ -20,24 +24,44 @@ def atomic_path(target: Path) -> Iterator[Path]:
     `target` is what it was before.
 
     Raises:
-        CheckpointError: the folder cannot be written, or the disk is full.
+        UnwritableError: the folder cannot be written, or the disk is full.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise _unwritable(target, error) from error
-    fresh = work / target.name
+        raise unwritable(target, error) from error
+    fresh, replaced = work / target.name, work / f"{target.name}.replaced"
     try:
         yield fresh
-        _flush(fresh)
-        if target.is_dir():
-            target.rename(work / "replaced")
-        fresh.replace(target)
+        put_in_place(fresh, target, aside=replaced)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
+    except Exception as error:  # safetensors and torch report a full disk in ways of their own
+        if _tells_of_the_disk(error):
+            raise unwritable(target, error) from error
+        raise
     finally:
+        if replaced.is_dir() and not target.exists():
+            replaced.rename(target)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(fresh: Path, target: Path, *, aside: Path) -> None:
+    """Make a finished file or folder durable and move it to `target`.
+
+    Arguments:
+        fresh: what was written, on the same file system.
+        target: its place; a folder that is there already is moved to `aside` first.
+        aside: a path that does not exist, for the caller to delete afterwards.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    _flush(fresh)
+    if target.is_dir():
+        target.rename(aside)
+    fresh.replace(target)
 
 
 def write_json(target: Path, content: Any) -> None:
@@ -78,8 +102,13 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _unwritable(target: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
+def _tells_of_the_disk(error: Exception) -> bool:
+    return any(mark in str(error) for mark in ("os error", "inline_container", "failed writing"))
+
+
+def unwritable(target: Path, error: Exception) -> UnwritableError:
+    """The error that names a place that cannot be written, and why."""
+    return UnwritableError(
         str(target),
         expected="a folder that can be written and has room",
         found=f"{type(error).__name__}: {error}",

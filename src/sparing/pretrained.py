@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparing.checkpoint import atomic_path
 from sparing.errors import CheckpointError, ConfigError, MissingExtraError, near_matches
@@ -65,6 +67,26 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
 
 
+def check(source: str) -> None:
+    """Look at the files of a local folder, without reading the weights.
+
+    Arguments:
+        source: what `resolve` returned; nothing is done for a hub id.
+
+    Raises:
+        CheckpointError: a safetensors file is damaged or truncated.
+    """
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with _naming(str(file), source), safe_open(file, framework="pt"):
+            pass
+
+
+def architecture(source: str) -> nn.Module:
+    """The model without its weights, on the device in force; errors as for `load`."""
+    with _naming(source, source):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+
+
 @contextmanager
 def _naming(name: str, source: str) -> Iterator[None]:
     """Turn whatever transformers raises into one error that names the model."""
@@ -105,7 +127,7 @@ def resolve(name: str) -> str:
     if path.exists():
         return str(path)
     looks_like_a_path = name.endswith(".gguf") or name.startswith((".", "/", "~"))
-    if looks_like_a_path or "/" not in name:
+    if looks_like_a_path or name.count("/") != 1:
         raise ConfigError(
             f"model {name!r}",
             expected="a hub id (owner/name), a folder, a .gguf file or a built-in name",

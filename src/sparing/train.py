@@ -17,9 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from sparing.checkpoint import atomic_path
 from sparing.data.blocks import IGNORE, Batch, Blocks
@@ -109,16 +111,25 @@ def train(
     accelerator = accelerator or Accelerator()
     _check_divides(plan.batch_size, accelerator.num_processes)
     torch.manual_seed(plan.seed)
+    _keep_own_indices(model)
     tuners = [module for module in model.modules() if isinstance(module, Tuner)]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=plan.learning_rate,
         weight_decay=plan.weight_decay,
     )
+    past: dict[str, Any] | None = None
+    if checkpoint is not None and checkpoint.exists():
+        past = _read(checkpoint, plan, is_sharded(accelerator))
+        for tuner in tuners:  # they count steps; what else this does to them is overwritten next
+            tuner.after_step(len(past["history"].losses), plan.steps, optimizer)
+        model.load_state_dict(past["weights"], strict=False)
     model, optimizer = accelerator.prepare(model, optimizer)
     history = History()
-    if checkpoint is not None and checkpoint.exists():
-        _resume(checkpoint, model, optimizer, plan, history)
+    if past is not None:
+        history = past["history"]
+        _restore_moments(model, optimizer, past["moments"], is_sharded(accelerator))
+        torch.set_rng_state(past["random"])
     order = data.order(plan.steps, plan.batch_size, plan.seed)
     saved = time.monotonic()
     model.train()
@@ -141,6 +152,27 @@ def train(
             _save(checkpoint, model, optimizer, plan, history, accelerator)
             saved = time.monotonic()
     return model, history
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether weights are spread over the processes (FSDP2)."""
+    return bool(accelerator.is_fsdp2)
+
+
+def prepared(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A model that is only to be evaluated, on the accelerator's devices and processes."""
+    if not is_sharded(accelerator):
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    # accelerate shards a model only together with an optimizer; this one never takes a step.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return accelerator.prepare(model, optimizer)[0]
+
+
+def _keep_own_indices(model: nn.Module) -> None:
+    """DDP need not send integer buffers around, and cannot send all types of them: they are the
+    same in every process, as they follow from the seed."""
+    names = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 @torch.no_grad()
@@ -213,11 +245,24 @@ def _save(
     history: History,
     accelerator: Accelerator,
 ) -> None:
-    weights, moments = get_state_dict(model, optimizer.optimizer, options=_WHOLE)
+    if is_sharded(accelerator):
+        # Asked for moments that are not there yet, torch would make some up.
+        started = bool(optimizer.optimizer.state)
+        weights, moments = (
+            get_state_dict(model, optimizer.optimizer, options=_WHOLE)
+            if started
+            else (get_model_state_dict(model, options=_WHOLE), None)
+        )
+    else:
+        plain = accelerator.unwrap_model(model)
+        frozen = {name for name, p in plain.named_parameters() if not p.requires_grad}
+        weights = {name: t for name, t in plain.state_dict().items() if name not in frozen}
+        moments = optimizer.optimizer.state_dict()
     if not accelerator.is_main_process:
         return
     state = {
         "plan": asdict(plan),
+        "sharded": is_sharded(accelerator),
         "weights": weights,
         "moments": moments,
         "history": asdict(history),
@@ -227,31 +272,36 @@ def _save(
         torch.save(state, fresh)
 
 
-def _resume(
-    path: Path, model: nn.Module, optimizer: Any, plan: TrainPlan, history: History
-) -> None:
+def _read(path: Path, plan: TrainPlan, sharded: bool) -> dict[str, Any]:
+    """What `_save` wrote, if it belongs to this plan."""
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        asked = {name: state[name] for name in ("plan", "sharded")}
+        past = {name: state[name] for name in ("weights", "moments", "random")}
+        past["history"] = History(**state["history"])
     except Exception as error:
         raise CheckpointError(
             str(path),
             expected="a training checkpoint",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             mend="Delete the file to start this run again.",
         ) from error
-    if state["plan"] != asdict(plan):
+    mine = {"plan": asdict(plan), "sharded": sharded}
+    if asked != mine:
         raise CheckpointError(
             str(path),
-            expected=f"a checkpoint of {asdict(plan)}",
-            found=f"one of {state['plan']}",
+            expected=f"a checkpoint of {mine}",
+            found=f"one of {asked}",
             mend="Delete the file, or run with the options it was made with.",
         )
-    set_state_dict(
-        model,
-        optimizer.optimizer,
-        model_state_dict=state["weights"],
-        optim_state_dict=state["moments"],
-        options=StateDictOptions(full_state_dict=True, strict=False),
-    )
-    history.losses, history.seconds = state["history"]["losses"], state["history"]["seconds"]
-    torch.set_rng_state(state["random"])
+    return past
+
+
+def _restore_moments(
+    model: nn.Module, optimizer: Any, moments: dict[str, Any] | None, sharded: bool
+) -> None:
+    if not sharded:
+        optimizer.optimizer.load_state_dict(moments)
+    elif moments is not None:
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(model, optimizer.optimizer, moments, options=options)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from sparing.compare.executors import Executor, executor
 from sparing.compare.jobs import Job, save_blocks
 from sparing.compare.progress import Progress, Silent
 from sparing.compare.results import LearningRate, Results, Row, Summary
-from sparing.compare.settings import Settings, claim_folder
+from sparing.compare.settings import Settings, check_folder, claim_folder
 from sparing.compare.sizing import MetaModel, Sizing, solve
 from sparing.data import TextData, prepare
 from sparing.errors import CheckpointError, ConfigError
@@ -26,6 +27,8 @@ from sparing.reproduce import environment
 from sparing.train import TrainPlan
 
 DATA_FILE = "data.safetensors"
+DATA_MARK = "data.json"
+SIZES_FILE = "sizes.json"
 
 
 def compare(
@@ -53,18 +56,24 @@ def compare(
         DataError: the data cannot be used.
         CheckpointError: the folder belongs to another comparison, or files are damaged.
     """
-    folder = folder or settings.default_folder()
+    folder = (folder or settings.default_folder()).absolute()
     progress = progress or Silent()
+    runner = executor(ray, isolate)
     entries = [competitor(name) for name in settings.methods]
     with _one_process_first():
+        versions = _versions()
+        check_folder(folder, settings, versions)
         source = pretrained.resolve(settings.model)
-        claim_folder(folder, settings, _versions())
+        pretrained.check(source)
         meta = MetaModel(source, settings.target_modules)
         progress.stage("sizing the methods")
         sizings = _sizings(entries, meta, settings, folder)
         progress.stage("preparing the data")
         data = _data(settings, source, folder)
-    study = _Study(settings, folder, source, executor(ray, isolate), progress)
+        # Nothing has been written before everything that was given is known to be usable.
+        claim_folder(folder, settings, versions)
+        _keep(sizings, data, folder)
+    study = _Study(settings, folder, source, runner, progress)
     base = study.base()
     rows = [_base_row(base)]
     chosen = study.learning_rates(entries, sizings)
@@ -92,6 +101,7 @@ class _Study:
     source: str
     executor: Executor
     progress: Progress
+    _errors: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def base(self) -> dict[str, Any]:
         """Losses of the untouched model."""
@@ -108,6 +118,11 @@ class _Study:
             for rate in self.settings.grid(entry.name, entry.learning_rates)
         }
         found = dict(zip(jobs, self._run(list(jobs.values())), strict=True))
+        self._errors = {
+            name: str(result["error"])
+            for (name, _), result in reversed(found.items())
+            if "error" in result
+        }
         chosen: dict[str, LearningRate | None] = {}
         for entry in entries:
             grid = [rate for name, rate in jobs if name == entry.name]
@@ -178,7 +193,7 @@ class _Study:
         )
         errors = [str(outcome["error"]) for outcome in outcomes if "error" in outcome]
         if rate is None:
-            errors = [self._first_error(entry, sizing)]
+            errors = [self._errors[entry.name]]
         if errors:
             return dataclasses.replace(row, status="failed", error=errors[0], note=sizing.note)
         first = outcomes[0]
@@ -197,11 +212,6 @@ class _Study:
             adapter=str(adapter.relative_to(self.folder)),
         )
 
-    def _first_error(self, entry: Competitor, sizing: Sizing) -> str:
-        rate = self.settings.grid(entry.name, entry.learning_rates)[0]
-        job = self._train(entry, sizing, rate, self.settings.seeds[0])
-        return str(read_json(job.result_file)["error"])
-
     def _run(self, jobs: list[Job]) -> list[dict[str, Any]]:
         self.progress.expect(jobs)
         return self.executor.run(jobs, self.progress.step)
@@ -218,7 +228,7 @@ class _Study:
             seed=seed,
         )
         return dataclasses.replace(
-            self._job("train", f"{_safe(entry.name)}/lr{rate:g}-seed{seed}"),
+            self._job("train", f"{_safe(entry.name)}/lr{rate!r}-seed{seed}"),
             method=entry.name,
             options=sizing.options,
             target_modules=settings.target_modules,
@@ -261,8 +271,8 @@ def _base_row(base: dict[str, Any]) -> Row:
 def _sizings(
     entries: Sequence[Competitor], meta: MetaModel, settings: Settings, folder: Path
 ) -> dict[str, Sizing | str]:
-    """Sizes of all methods; solved once and kept in the run folder."""
-    budget, path = Budget.parse(settings.budget), folder / "sizes.json"
+    """Sizes of all methods, or why one cannot be sized; an unfinished run has kept them."""
+    budget, path = Budget.parse(settings.budget), folder / SIZES_FILE
     kept: dict[str, Any] = read_json(path) if path.exists() else {}
     sizings: dict[str, Sizing | str] = {}
     for entry in entries:
@@ -272,15 +282,11 @@ def _sizings(
             sizings[entry.name] = Sizing.from_json(kept[entry.name])
         else:
             try:
-                sizing = solve(entry, meta, budget)
+                sizings[entry.name] = solve(entry, meta, budget)
             except ConfigError:
                 raise
             except Exception as error:  # whatever PEFT raises for options that do not fit the model
                 sizings[entry.name] = f"{type(error).__name__}: {error}"
-                continue
-            sizings[entry.name] = sizing
-            kept[entry.name] = dataclasses.asdict(sizing)
-    write_json(path, kept)
     return sizings
 
 
@@ -293,7 +299,7 @@ def _data(settings: Settings, source: str, folder: Path) -> TextData:
         selection_blocks=settings.selection_blocks,
         validation_blocks=settings.validation_blocks,
     )
-    mark = folder / "data.json"
+    mark = folder / DATA_MARK
     if mark.exists() and read_json(mark)["fingerprint"] != data.fingerprint:
         raise CheckpointError(
             str(folder),
@@ -301,10 +307,20 @@ def _data(settings: Settings, source: str, folder: Path) -> TextData:
             found=f"other text under the same name ({data.fingerprint})",
             mend="Choose another --out, or delete the folder.",
         )
-    if not mark.exists():
-        save_blocks(folder / DATA_FILE, data.parts)
-        write_json(mark, {"fingerprint": data.fingerprint})
     return data
+
+
+def _keep(sizings: dict[str, Sizing | str], data: TextData, folder: Path) -> None:
+    """What every run of the comparison goes by, in the run folder."""
+    solved = {
+        name: dataclasses.asdict(sizing)
+        for name, sizing in sizings.items()
+        if isinstance(sizing, Sizing)
+    }
+    write_json(folder / SIZES_FILE, solved)
+    if not (folder / DATA_MARK).exists():
+        save_blocks(folder / DATA_FILE, data.parts)
+        write_json(folder / DATA_MARK, {"fingerprint": data.fingerprint})
 
 
 def _describe(data: TextData, settings: Settings) -> dict[str, Any]:
@@ -332,7 +348,7 @@ def _versions() -> dict[str, str]:
 
 def _safe(name: str) -> str:
     """A folder name for a competitor."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 @contextlib.contextmanager

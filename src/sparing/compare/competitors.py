@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from sparing import adapt
@@ -59,6 +59,7 @@ class Competitor:
         fixed: options that the solver leaves alone.
         size_option: integer option that the solver sets; None if the size is fixed.
         size_pattern_option: option that sets the size by module, or None.
+        smaller_options: to fall back to, in order, where even the smallest size is too large.
         learning_rates: default grid.
     """
 
@@ -68,7 +69,13 @@ class Competitor:
     fixed: dict[str, Any] = field(default_factory=dict)
     size_option: str | None = None
     size_pattern_option: str | None = None
+    smaller_options: tuple[dict[str, Any], ...] = ()
     learning_rates: tuple[float, ...] = DEFAULT_LEARNING_RATES
+
+    @property
+    def bound_to_base(self) -> bool:
+        """Whether the adapter depends on the very weights it is put on."""
+        return bool(getattr(self.config_class, "bound_to_base", False))
 
     def config(self, options: Mapping[str, Any], target_modules: Any, seed: int = 0) -> PeftConfig:
         """The PEFT config with these options on top of the fixed ones."""
@@ -136,6 +143,7 @@ def competitor(name: str) -> Competitor:
                 options,
                 config_class.size_option,
                 config_class.size_pattern_option,
+                config_class.smaller_options,
                 config_class.learning_rates,
             )
         )
@@ -158,10 +166,10 @@ def _our_configs() -> list[type[TunerConfig]]:
 
 
 def _peft_competitor(name: str, method: str, options: dict[str, Any]) -> Competitor:
+    ours = {config.method for config in _our_configs()}
     kinds = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    if method not in kinds or PeftType(method.upper()) in {
-        PeftType(config.method.upper()) for config in _our_configs()
-    }:
+    kinds = {name: kind for name, kind in kinds.items() if name not in ours}
+    if method not in kinds:
         raise ConfigError(
             f"method {name!r}",
             expected="a method of PEFT",
@@ -172,7 +180,9 @@ def _peft_competitor(name: str, method: str, options: dict[str, Any]) -> Competi
     rates = PEFT_LEARNING_RATES.get(method, DEFAULT_LEARNING_RATES)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[method]]
     title = "LoRA" if method == "lora" else config_class.__name__.removesuffix("Config")
-    return _sized(Competitor(name, title, config_class, options, size, pattern, rates))
+    return _sized(
+        Competitor(name, title, config_class, options, size, pattern, learning_rates=rates)
+    )
 
 
 def _sized(entry: Competitor) -> Competitor:

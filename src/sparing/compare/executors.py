@@ -3,11 +3,16 @@
 import functools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+import torch
+
+from sparing.checkpoint import UnwritableError
 from sparing.compare import jobs
 from sparing.compare.jobs import Job
 from sparing.errors import ConfigError, MissingExtraError
@@ -16,10 +21,16 @@ OnStep = Callable[[Job, int, float], None]
 
 
 class Executor(Protocol):
-    """Runs jobs that do not depend on each other."""
+    """Runs jobs that do not depend on each other, all with as many threads as this process has."""
 
     def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
-        """The results of all jobs, in order; a job that dies gives `{"error": ...}`."""
+        """The results of all jobs, in order.
+
+        A job whose process dies gives `{"error": ...}`; the same command will try it again.
+
+        Raises:
+            UnwritableError: a job could not write its files.
+        """
         ...
 
 
@@ -33,12 +44,14 @@ class InProcess:
 class Isolated:
     """One job after another, each in a fresh process: its memory is its own, and so is its death.
 
-    Processes are forked from a server that has imported everything but touched no data.
+    Processes are forked from a server that has imported everything but touched no data; it begins
+    to do so at once, in the background.
     """
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([jobs.__name__])
+        forkserver.ensure_running()
 
     def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
         return [self._run(job, on_step) for job in work]
@@ -47,25 +60,53 @@ class Isolated:
         if job.result_file.exists():
             return jobs.run(job)
         receiver, sender = self._context.Pipe(duplex=False)
-        child = self._context.Process(target=_child, args=(job, sender), daemon=True)
+        child = self._context.Process(
+            target=_child, args=(job, sender, torch.get_num_threads()), daemon=True
+        )
         child.start()
         sender.close()
         try:
             while True:
-                on_step(job, *receiver.recv())
+                news = receiver.recv()
+                if isinstance(news, Exception):
+                    raise news
+                on_step(job, *news)
         except EOFError:
             child.join()
         finally:
             if child.is_alive():
                 child.kill()
+            receiver.close()
         if job.result_file.exists():
             return jobs.run(job)
-        return jobs.failed(job, f"the process ended with exit code {child.exitcode}")
+        return {"error": f"the process ended with exit code {child.exitcode}"}
 
 
-def _child(job: Job, sender: Connection) -> None:
-    jobs.run(job, lambda step, loss: sender.send((step, loss)))
+def _child(job: Job, sender: Connection, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+
+    def report(step: int, loss: float) -> None:
+        try:
+            sender.send((step, loss))
+        except OSError as error:
+            raise jobs.Stopped from error
+
+    try:
+        jobs.run(job, report)
+    except UnwritableError as error:
+        sender.send(error)
+    except jobs.Stopped:
+        return
     sender.close()
+
+
+def _end_with_parent() -> None:
+    """A killed comparison leaves no worker behind that would go on beside the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 @dataclass
@@ -85,19 +126,29 @@ class OnRay:
             raise MissingExtraError.of("ray", "ray") from error
         if not ray.is_initialized():
             self._connect(ray)
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_gpus=gpus, num_cpus=1, max_retries=0, max_calls=1)(jobs.run)
-        pending = {remote.remote(job): job for job in work}
+        threads = torch.get_num_threads()
+        widest = max(node["Resources"].get("CPU", 1) for node in ray.nodes())
+        remote = ray.remote(
+            num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+            num_cpus=min(threads, widest),
+            max_retries=0,
+            max_calls=1,
+        )(_on_worker)
+        pending = {remote.remote(job, threads): job for job in work}
+        results: dict[str, dict[str, Any]] = {}
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done[0])
             try:
-                result = ray.get(done[0])
+                result = results[job.folder] = ray.get(done[0])
+            except UnwritableError:
+                raise
             except ray.exceptions.RayError as error:
-                result = jobs.failed(job, f"{type(error).__name__}: {error}")
+                reason = (str(error).strip().splitlines() or [""])[0]
+                result = results[job.folder] = {"error": f"{type(error).__name__}: {reason}"}
             if "error" not in result and job.plan is not None:
                 on_step(job, job.plan.steps, result.get("selection_loss", float("nan")))
-        return jobs.results(work)
+        return [results[job.folder] for job in work]
 
     def _connect(self, ray: Any) -> None:
         address = None if self.address == "local" else self.address
@@ -110,6 +161,11 @@ class OnRay:
                 found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
                 mend="Start one with `ray start --head`, or use --ray local.",
             ) from error
+
+
+def _on_worker(job: Job, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return jobs.run(job)
 
 
 def executor(ray: str | None = None, isolate: bool = True) -> Executor:

@@ -5,11 +5,13 @@ atomically. A job whose result is there is never done again; one that was interr
 """
 
 import dataclasses
+import math
+import os
 import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +25,11 @@ from torch import nn
 
 import sparing.adapt  # noqa: F401  (a child process must know our methods before it unpickles)
 from sparing import pretrained
-from sparing.checkpoint import atomic_path, read_json, write_json
+from sparing.checkpoint import UnwritableError, atomic_path, read_json, write_json
 from sparing.compare.competitors import competitor
 from sparing.data import Batch, Blocks
-from sparing.train import TrainPlan, evaluate, train
+from sparing.errors import CheckpointError
+from sparing.train import DivergedError, TrainPlan, evaluate, is_sharded, prepared, train
 
 ADAPTER_FILE = "adapter_model.safetensors"
 LATENCY_REPEATS = 7
@@ -83,28 +86,37 @@ def run(job: Job, report: Report = lambda step, loss: None) -> dict[str, Any]:
     """Do a job, or read what it gave before.
 
     An exception becomes the result `{"error": ...}`, with the traceback in the job's folder.
+
+    Raises:
+        UnwritableError: nothing more can be done here; the job can go on later.
+        Stopped: so can one whose `report` asks for an end.
     """
     if job.result_file.exists():
         return dict(read_json(job.result_file))
+    # Under FSDP, only one process would load the weights. But methods choose entries by them, and
+    # accelerate cannot spread models that have buffers, as our adapters do, from one process.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator.wait_for_everyone()  # every process has looked before one can leave a result
     try:
         result = _ACTIONS[job.kind](job, report, accelerator)
+    except (UnwritableError, Stopped):
+        raise
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}"}
         if accelerator.is_main_process:
             with atomic_path(Path(job.folder) / "traceback.txt") as fresh:
                 fresh.write_text(traceback.format_exc())
+        if isinstance(error, CheckpointError):
+            return result  # a file can be mended, so the job is not done for good
     if accelerator.is_main_process:
         write_json(job.result_file, result)
     accelerator.wait_for_everyone()
     return result
 
 
-def failed(job: Job, reason: str) -> dict[str, Any]:
-    """The result of a job whose process died."""
-    result = {"error": reason}
-    write_json(job.result_file, result)
-    return result
+class Stopped(Exception):  # noqa: N818
+    """Nobody waits for the job any more."""
 
 
 def save_blocks(path: Path, parts: dict[str, Blocks]) -> None:
@@ -125,10 +137,10 @@ def load_blocks(path: str, part: str) -> Blocks:
 
 
 def _base(job: Job, report: Report, accelerator: Accelerator) -> dict[str, Any]:
-    model = accelerator.prepare(_model(job, accelerator))
+    model = prepared(_model(job, accelerator), accelerator)
     return {
-        "selection_loss": evaluate(model, load_blocks(job.data, "selection"), accelerator),
-        "validation_loss": evaluate(model, load_blocks(job.data, "validation"), accelerator),
+        "selection_loss": _score(model, job, "selection", accelerator),
+        "validation_loss": _score(model, job, "validation", accelerator),
     }
 
 
@@ -153,12 +165,14 @@ def _train(job: Job, report: Report, accelerator: Accelerator) -> dict[str, Any]
         checkpoint=checkpoint,
         on_step=report,
     )
-    loss = evaluate(trained, load_blocks(job.data, "selection"), accelerator)
+    loss = _score(trained, job, "selection", accelerator)
     adapter = Path(job.folder) / "adapter"
     state = accelerator.get_state_dict(trained)
     if accelerator.is_main_process:
         with atomic_path(adapter) as fresh:
             _save(accelerator.unwrap_model(trained), fresh, state)
+            if entry.config_class is None:  # a model of its own
+                pretrained.load_tokenizer(job.model).save_pretrained(fresh)
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     weights = sorted(adapter.glob("*.safetensors"))
@@ -176,15 +190,28 @@ def _measure(job: Job, report: Report, accelerator: Accelerator) -> dict[str, An
     assert job.trained is not None
     adapter = Path(job.trained) / "adapter"
     if competitor(job.method).config_class is None:
-        model = accelerator.prepare(_model(job, accelerator, source=str(adapter)))
-        return {"validation_loss": evaluate(model, load_blocks(job.data, "validation"))}
-    base = _model(job, accelerator)
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    validation = load_blocks(job.data, "validation")
-    result: dict[str, Any] = {"validation_loss": evaluate(accelerator.prepare(model), validation)}
-    if job.latency:
+        whole = prepared(_model(job, accelerator, source=str(adapter)), accelerator)
+        return {"validation_loss": _score(whole, job, "validation", accelerator)}
+    model = PeftModel.from_pretrained(_model(job, accelerator), adapter).eval()
+    loss = _score(prepared(model, accelerator), job, "validation", accelerator)
+    result: dict[str, Any] = {"validation_loss": loss}
+    if job.latency and not is_sharded(accelerator):  # a sharded forward waits for the network
+        validation = load_blocks(job.data, "validation")
         result |= _latency(model, _model(job, accelerator), validation, accelerator)
     return result
+
+
+def _score(model: nn.Module, job: Job, part: str, accelerator: Accelerator) -> float:
+    """The loss on one part of the data, which is finite."""
+    loss = evaluate(model, load_blocks(job.data, part), accelerator)
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"{part} loss",
+            expected="a finite number",
+            found=str(loss),
+            mend="Try a smaller learning rate.",
+        )
+    return loss
 
 
 @torch.no_grad()
@@ -228,8 +255,13 @@ def _model(job: Job, accelerator: Accelerator, source: str | None = None) -> nn.
 
 
 def _save(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(str(folder), state_dict=state, **options)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        return
+    # Tied weights, gathered from several processes, have become copies.
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    model.save_pretrained(str(folder), state_dict={n: t for n, t in state.items() if n not in tied})
 
 
 def peak_memory(device: torch.device) -> int:
@@ -249,8 +281,3 @@ def _resident_peak() -> int:
 
 
 _ACTIONS = {"base": _base, "train": _train, "measure": _measure}
-
-
-def results(jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """What finished jobs left, in order."""
-    return [dict(read_json(job.result_file)) for job in jobs]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,20 @@ from typing import Any
 
 from sparing.budget import Budget
 from sparing.checkpoint import read_json, write_json
-from sparing.errors import CheckpointError, ConfigError
+from sparing.errors import CheckpointError, ConfigError, near_matches
+
+SETTINGS_FILE = "settings.json"
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "block_length": 2,
+    "selection_blocks": 1,
+    "validation_blocks": 1,
+}
+_CHOICES = {
+    "schedule": ("linear", "cosine", "constant"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +70,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
-        for name in ("steps", "batch_size", "block_length", "selection_blocks"):
-            if getattr(self, name) < 1:
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                found = str(getattr(self, name))
+                raise ConfigError(name, expected=f"at least {least}", found=found, mend="Raise it.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
                 raise ConfigError(
-                    name, expected="at least 1", found=str(getattr(self, name)), mend="Raise it."
+                    name,
+                    expected=f"one of {', '.join(choices)}",
+                    found=repr(getattr(self, name)),
+                    mend=near_matches(str(getattr(self, name)), list(choices)),
                 )
         if not self.seeds:
             raise ConfigError("seeds", expected="at least one", found="none", mend="Use --seeds 1.")
@@ -97,21 +118,35 @@ def claim_folder(folder: Path, settings: Settings, versions: Mapping[str, str]) 
     Raises:
         CheckpointError: it belongs to another comparison, or cannot be written.
     """
-    path = folder / "settings.json"
-    mine = {"settings": settings.as_json(), "versions": dict(versions)}
+    check_folder(folder, settings, versions)
+    if not (folder / SETTINGS_FILE).exists():
+        write_json(folder / SETTINGS_FILE, _claim(settings, versions))
+
+
+def check_folder(folder: Path, settings: Settings, versions: Mapping[str, str]) -> None:
+    """Check that the run folder is nobody else's, without writing to it.
+
+    Raises:
+        CheckpointError: it belongs to another comparison.
+    """
+    path = folder / SETTINGS_FILE
     if not path.exists():
-        write_json(path, mine)
         return
     theirs = read_json(path)
-    for part, content in mine.items():
+    for part, content in _claim(settings, versions).items():
         for key, value in content.items():
-            if theirs[part].get(key) != value:
+            other = theirs.get(part, {}).get(key) if isinstance(theirs, dict) else None
+            if other != value:
                 raise CheckpointError(
                     str(folder),
                     expected=f"a run folder with {key} = {value!r}",
-                    found=f"{key} = {theirs[part].get(key)!r}",
+                    found=f"{key} = {other!r}",
                     mend="Choose another --out, or delete the folder.",
                 )
+
+
+def _claim(settings: Settings, versions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {"settings": settings.as_json(), "versions": dict(versions)}
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -127,7 +162,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
             values = tuple(float(number) for number in numbers.split(","))
         except ValueError:
             values = ()
-        if not values or min(values) <= 0:
+        if not values or not all(0 < value < math.inf for value in values):
             raise ConfigError(
                 "lr_grid",
                 expected="positive numbers, such as 1e-4,1e-3 or mos:1e-3,3e-3",

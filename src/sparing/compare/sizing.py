@@ -1,5 +1,6 @@
 """Choose a method's size options so that it fits a budget: never above, as near as it can."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,16 +9,25 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from peft import PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparing import pretrained
 from sparing.budget import Budget, Unit
 from sparing.compare.competitors import Competitor
-from sparing.errors import ConfigError
+from sparing.errors import ConfigError, near_matches
 
 FAR_BELOW = 0.2
 LARGEST_SIZE = 2**24
+LARGEST_GAP = 16  # between sizes that a method allows, such as the multiples of something
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,24 @@ class MetaModel:
     Arguments:
         source: folder or hub id with a `config.json`.
         target_modules: what every method adapts.
+        weights: load them all the same, as some methods store what depends on them.
+
+    Raises:
+        ConfigError: there is no such model, or it has no such modules.
+        CheckpointError: its config is damaged.
     """
 
-    def __init__(self, source: str, target_modules: Any) -> None:
+    def __init__(self, source: str, target_modules: Any, *, weights: bool = False) -> None:
         self._source = source
-        self._base = self._build("meta")
+        self._device = "cpu" if weights else "meta"
+        self._base = self._build()
+        _check_targets(self._base, target_modules)
         self.target_modules = target_modules
         self.parameters = sum(p.numel() for p in self._base.parameters())
+
+    def with_weights(self) -> "MetaModel":
+        """The same with its weights in memory."""
+        return MetaModel(self._source, self.target_modules, weights=True)
 
     def size(self, competitor: Competitor, options: Mapping[str, Any]) -> Size:
         """Cost of a competitor with these options, counted on the adapted architecture itself."""
@@ -85,20 +106,46 @@ class MetaModel:
     def _adapted(
         self, competitor: Competitor, options: Mapping[str, Any]
     ) -> Iterator[PeftModel | PeftMixedModel]:
+        def config() -> PeftConfig:
+            return competitor.config(options, self.target_modules)
+
         try:
-            with torch.device("meta"):
-                model = get_peft_model(self._base, competitor.config(options, self.target_modules))
-        except NotImplementedError:  # a method that looks at the weights, such as PEFT's SHiRA
-            self._base = self._build("cpu")
-            model = get_peft_model(self._base, competitor.config(options, self.target_modules))
+            with torch.device(self._device):
+                model = get_peft_model(self._base, config())
+        except Exception as error:
+            self._base = self._build()  # some layers may have been adapted
+            if not isinstance(error, NotImplementedError):
+                raise
+            # The method looks at the weights, as PEFT's SHiRA does; any weights will do.
+            model = get_peft_model(pretrained.architecture(self._source), config())
         try:
             yield model
         finally:
-            self._base = model.unload()
+            model.unload()
 
-    def _build(self, device: str) -> nn.Module:
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self._source))
+    def _build(self) -> nn.Module:
+        if self._device == "cpu":
+            return pretrained.load(self._source).model
+        with torch.device(self._device):
+            return pretrained.architecture(self._source)
+
+
+def _check_targets(model: nn.Module, target_modules: Any) -> None:
+    """PEFT is content if one of several names matches; here every one has to."""
+    if target_modules in (None, "all-linear"):
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    alone = isinstance(target_modules, str)
+    for target in [target_modules] if alone else target_modules:
+        config = LoraConfig(target_modules=target if alone else [target])
+        if not any(check_target_module_exists(config, name) for name in names):
+            kinds = {name.rsplit(".", 1)[-1] for name in names}
+            raise ConfigError(
+                "target_modules",
+                expected="names of modules that the model has, or a regular expression for them",
+                found=repr(target),
+                mend=near_matches(target, sorted(k for k in kinds if not k.isdigit())),
+            )
 
 
 def solve(competitor: Competitor, model: MetaModel, budget: Budget) -> Sizing:
@@ -106,67 +153,92 @@ def solve(competitor: Competitor, model: MetaModel, budget: Budget) -> Sizing:
 
     First the largest uniform value of the method's size option. If the method also takes the size
     by module, some kinds of module are then raised by one, such that what is left of the budget is
-    used as far as possible; every combination is tried.
+    used as far as possible; every combination is tried. A method whose smallest size is too large
+    falls back to its `smaller_options`, in their order.
 
     Raises:
         ConfigError: even the smallest configuration is above the budget.
     """
     limit = budget.limit(model.parameters)
+    if budget.unit is Unit.BYTES and competitor.bound_to_base:
+        model = model.with_weights()  # which entries are chosen decides how they are stored
+    for fallback in ({}, *competitor.smaller_options):
+        fixed = competitor.fixed
+        leaner = dataclasses.replace(competitor, fixed={**fallback, **fixed})
+        chosen = _fit(leaner, model, budget.unit, limit)
+        size = model.size(leaner, chosen)
+        if size[budget.unit] <= limit:
+            share = size[budget.unit] / limit
+            note = f"{1 - share:.0%} below the budget" if share < 1 - FAR_BELOW else ""
+            given = {option: value for option, value in fallback.items() if option not in fixed}
+            return Sizing({**given, **chosen}, size, share, note)
+    counted = "bytes" if budget.unit is Unit.BYTES else "parameters"
+    raise ConfigError(
+        f"budget {budget}, method {competitor.name!r}",
+        expected=f"at least the method's smallest size, {size[budget.unit]:,} {counted}",
+        found=f"{limit:,} {counted}",
+        mend="Give a larger budget, or fewer target modules.",
+    )
 
-    def cost(options: Mapping[str, Any]) -> int:
+
+def _fit(competitor: Competitor, model: MetaModel, unit: Unit, limit: int) -> dict[str, Any]:
+    """The size options of the largest configuration within the limit, or of the smallest of all."""
+
+    def cost(options: Mapping[str, Any]) -> int | None:
         try:
-            return model.size(competitor, options)[budget.unit]
-        except ConfigError:  # sizes between that the layers' widths do not allow
-            return limit + 1
+            return model.size(competitor, options)[unit]
+        except ValueError:  # a size that the method or the widths of the layers do not allow
+            return None
 
     if competitor.size_option is None:
-        options: dict[str, Any] = {}
-        smallest = model.size(competitor, options)[budget.unit]
-    else:
-        option = competitor.size_option
-        smallest = model.size(competitor, {option: 1})[budget.unit]
-        uniform = _largest(lambda value: cost({option: value}), limit, smallest)
-        options = {option: uniform}
-        if competitor.size_pattern_option and smallest <= limit:
-            pattern = _raised(competitor, model, cost, uniform, limit)
-            if pattern:
-                options[competitor.size_pattern_option] = pattern
-    size = model.size(competitor, options)
-    if size[budget.unit] > limit:
-        counted = "bytes" if budget.unit is Unit.BYTES else "parameters"
-        raise ConfigError(
-            f"budget {budget}, method {competitor.name!r}",
-            expected=f"at least the method's smallest size, {smallest:,} {counted}",
-            found=f"{limit:,} {counted}",
-            mend="Give a larger budget, or fewer target modules.",
-        )
-    share = size[budget.unit] / limit
-    note = f"{1 - share:.0%} below the budget" if share < 1 - FAR_BELOW else ""
-    return Sizing(options, size, share, note)
+        return {}
+    option = competitor.size_option
+    options: dict[str, Any] = {option: _largest(lambda value: cost({option: value}), limit)}
+    if competitor.size_pattern_option:
+        pattern = _raised(competitor, model, cost, options[option], limit)
+        if pattern:
+            options[competitor.size_pattern_option] = pattern
+    return options
 
 
-def _largest(cost: Callable[[int], int], limit: int, smallest: int) -> int:
-    """The largest whole number from 1 whose cost is within the limit; costs never fall."""
-    if smallest > limit:
-        return 1
-    step = cost(2) - smallest
-    guess = 1 + (limit - smallest) // step if step > 0 else LARGEST_SIZE
-    if step > 0 and cost(guess) <= limit < cost(guess + 1):  # costs are nearly always linear
-        return guess
-    above = 2
-    while above < LARGEST_SIZE and cost(above) <= limit:
-        above *= 2
-    within = above // 2
+def _largest(cost: Callable[[int], int | None], limit: int) -> int:
+    """The largest allowed whole number from 1 whose cost is within the limit, or, if there is none,
+    the smallest allowed one; costs never fall."""
+
+    def allowed_from(value: int) -> tuple[int, int] | None:
+        for size in range(value, value + LARGEST_GAP):
+            found = cost(size)
+            if found is not None:
+                return size, found
+        return None
+
+    first = allowed_from(1)
+    second = allowed_from(first[0] + 1) if first else None
+    if first is None or second is None or second[1] > limit:
+        return first[0] if first else 1
+    (one, cost_one), (two, cost_two) = first, second
+    if cost_two > cost_one:  # costs are nearly always linear
+        guess = one + (limit - cost_one) * (two - one) // (cost_two - cost_one)
+        found, after = cost(guess), allowed_from(guess + 1)
+        if found is not None and found <= limit and (after is None or after[1] > limit):
+            return guess
+    within, above = two, 2 * two
+    while above < LARGEST_SIZE and (probe := allowed_from(above)) and probe[1] <= limit:
+        within, above = probe[0], 2 * above
     while above - within > 1:
         middle = (above + within) // 2
-        within, above = (middle, above) if cost(middle) <= limit else (within, middle)
+        probe = allowed_from(middle)
+        if probe and probe[0] < above and probe[1] <= limit:
+            within = probe[0]
+        else:
+            above = middle
     return within
 
 
 def _raised(
     competitor: Competitor,
     model: MetaModel,
-    cost: Callable[[Mapping[str, Any]], int],
+    cost: Callable[[Mapping[str, Any]], int | None],
     uniform: int,
     limit: int,
 ) -> dict[str, int]:
@@ -176,7 +248,11 @@ def _raised(
     size, pattern = competitor.size_option, competitor.size_pattern_option
 
     def raised(kinds: tuple[str, ...]) -> int:
-        return cost({size: uniform, pattern: {kind: uniform + 1 for kind in kinds}})
+        found = cost({size: uniform, pattern: {kind: uniform + 1 for kind in kinds}})
+        return limit + 1 if found is None else found
+
+    if raised(()) > limit:
+        return {}
 
     kinds = model.module_kinds(competitor, {size: uniform})
     start = raised(())
@@ -195,7 +271,10 @@ def _raised(
 
 def _file_bytes(model: nn.Module) -> int:
     """Size of the safetensors file that `save_pretrained` would write."""
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    named = get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    # safetensors lays tensors out by type, in this order, and then by name.
+    order = list(_SAFETENSORS_NAMES)
+    tensors = dict(sorted(named, key=lambda item: (order.index(item[1].dtype), item[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -211,15 +290,17 @@ def _file_bytes(model: nn.Module) -> int:
 
 
 _SAFETENSORS_NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
+    torch.uint32: "U32",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
     torch.int8: "I8",
-    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }

@@ -67,7 +67,7 @@ class TextData:
         selection: to choose learning rates on; no competitor is reported on it.
         validation: to report on.
         fingerprint: of all tokens and the split.
-        leaked_paragraphs: dropped from selection and validation as they also stood in training.
+        leaked_paragraphs: dropped from selection and validation as they stood in another part too.
     """
 
     name: str
@@ -96,7 +96,8 @@ def prepare(
 
     Many documents are split by document. Where one is long (over a tenth of all text), each is cut
     into runs with a gap of one block between the parts, so that no validation block continues a
-    training block. Paragraphs of the held-out parts that also stand in training are dropped.
+    training block. No paragraph stands in two parts: those of training are dropped from selection,
+    and those of both from validation.
 
     Arguments:
         source: see `read_examples`.
@@ -110,7 +111,15 @@ def prepare(
         DataError: the data cannot be read, or is too short for the three parts.
     """
     examples = read_examples(source)
-    if any(example.prompt is not None for example in examples):
+    pairs = sum(example.prompt is not None for example in examples)
+    if pairs:
+        if pairs < len(examples):
+            raise DataError(
+                f"data {source!r}",
+                expected="either documents only, or prompts with completions only",
+                found=f"{len(examples) - pairs} documents and {pairs} prompts with completions",
+                mend="Give one kind at a time.",
+            )
         parts = _split_rows(examples, selection_blocks, validation_blocks, seed, source)
         blocks = [_pair_blocks(part, tokenizer, block_length) for part in parts]
         leaked = 0
@@ -161,14 +170,20 @@ def _split_documents(
                 parts, (document[:a], document[a + gap : b], document[b + gap :]), strict=True
             ):
                 part.append(run)
-    seen = {_normal(p) for document in parts[0] for p in _PARAGRAPH.split(document)}
-    leaked = 0
+    leaked, seen = 0, _paragraphs(parts[0])
     for part in parts[1:]:
+        own = _paragraphs(part)
         for i, document in enumerate(part):
             kept = [p for p in _PARAGRAPH.split(document) if _normal(p) not in seen]
-            leaked += len(_PARAGRAPH.split(document)) - len(kept)
+            leaked += sum(_normal(p) in seen for p in _PARAGRAPH.split(document))
             part[i] = "\n\n".join(kept)
+        seen |= own
     return parts, leaked
+
+
+def _paragraphs(documents: Sequence[str]) -> set[str]:
+    found = {_normal(p) for document in documents for p in _PARAGRAPH.split(document)}
+    return found - {""}
 
 
 def _normal(paragraph: str) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from sparing.errors import DataError, MissingExtraError, near_matches
 
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,12 @@ def read_examples(source: str) -> list[Example]:
     """
     if source in CORPORA:
         examples = [Example(text) for text in CORPORA[source]()]
-    elif Path(source).expanduser().exists():
-        path = Path(source).expanduser()
-        files = (
-            sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-        )
+    elif (path := _existing(source)) is not None:
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         examples = [example for file in files for example in _read_file(file)]
-    elif "/" in source and not source.startswith((".", "/", "~")):
+    elif _HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES):
         examples = list(_from_hub(source))
     else:
         raise DataError(
@@ -57,6 +58,14 @@ def read_examples(source: str) -> list[Example]:
             mend="Check the path and the column names (text, or prompt and completion).",
         )
     return examples
+
+
+def _existing(source: str) -> Path | None:
+    try:
+        path = Path(source).expanduser()
+        return path if source and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path, or another user's home
+        return None
 
 
 def python_topics() -> Iterator[str]:
@@ -115,7 +124,7 @@ def _read_file(path: Path) -> Iterator[Example]:
     if path.suffix != ".jsonl":
         yield Example(text)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -128,9 +137,17 @@ def _read_file(path: Path) -> Iterator[Example]:
 
 
 def _decode(path: Path) -> str:
-    content = path.read_bytes()
     try:
-        return content.decode("utf-8")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            str(path),
+            expected="a file that can be read",
+            found=f"{type(error).__name__}: {error.strerror}",
+            mend="Mend its permissions, or name another one.",
+        ) from error
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}, byte {error.start}",
@@ -142,17 +159,22 @@ def _decode(path: Path) -> str:
 
 def _from_row(row: Any, where: str) -> Example:
     if isinstance(row, dict):
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            return Example(row["completion"], prompt=row["prompt"])
-        if isinstance(row.get("text"), str):
-            return Example(row["text"])
-    columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        for columns in (("completion", "prompt"), ("text",)):
+            values = [v for c in columns if isinstance(v := row.get(c), str) and _is_unicode(v)]
+            if len(values) == len(columns):
+                return Example(*values)
+    found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise DataError(
         where,
-        expected="a text column, or prompt and completion, holding strings",
-        found=columns or "nothing",
+        expected="a text column, or prompt and completion, holding strings of Unicode text",
+        found=found or "nothing",
         mend="Rename the columns.",
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """False for halves of surrogate pairs, which JSON can spell but no tokenizer can read."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _from_hub(source: str) -> Iterator[Example]:
