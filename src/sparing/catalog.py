@@ -110,7 +110,7 @@ CATALOG: tuple[Method, ...] = (
         "pcb-merging",
         "PCB-Merging: Parameter Competition Balancing for Model Merging",
         "merge",
-        "planned",
+        "ready",
         "2410.02396",
     ),
     Method(

@@ -37,7 +37,8 @@ def main() -> None:
     try:
         app()
     except SparingError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", soft_wrap=True)
+        line = " ".join(str(error).split())
+        Console(stderr=True).print(f"[bold red]error[/] {_escape(line)}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -122,12 +123,13 @@ def compare(
     screen = console if first else Console(quiet=True)
     with Live(screen) as live:
         results = run(settings, folder=folder, ray=ray, isolate=not in_process, progress=live)
-    if first:
-        from sparing.report import render_table, write_report
+    if not first:
+        return  # an exit code of its own would make the launcher end the first before its report
+    from sparing.report import render_table, write_report
 
-        write_report(results, folder)
-        console.print(render_table(results))
-        console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    write_report(results, folder)
+    console.print(render_table(results, console.width))
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     if any(row.status == "failed" for row in results.rows):
         raise typer.Exit(1)
 
@@ -218,6 +220,65 @@ def reproduce(
 
 
 @app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="Hub id, folder, safetensors file or built-in name.")],
+    expert: Annotated[
+        list[str], typer.Option(help="A fine-tune of the base, or an adapter; once for each.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    method: Annotated[
+        str, typer.Option(help="average, task-arithmetic, ties, dare or pcb-merging.")
+    ] = "pcb-merging",
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the method: name=value, as JSON.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted merge.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 8.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of the files written.")] = "5GB",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the result: float32, bfloat16, float16; else the base's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="To compute on: cpu or cuda.")] = "cpu",
+    on_mismatch: Annotated[
+        str, typer.Option(help="Tensors that do not fit: error, or skip to leave the base's.")
+    ] = "error",
+    vocabulary: Annotated[
+        str, typer.Option(help="Embeddings of different length: error, base or crop.")
+    ] = "error",
+    per_task: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors to keep out, such as task heads.")
+    ] = None,
+    hash_inputs: Annotated[bool, typer.Option(help="Record SHA-256 of the inputs.")] = True,
+) -> None:
+    """Merge fine-tunes of one base into one model, in the memory of a few tensors."""
+    _quiet_libraries()
+    from sparing.merge import merge as run
+    from sparing.merge.progress import Live
+
+    with Live(console) as live:
+        folder = run(
+            base,
+            expert,
+            method,
+            out,
+            resume=resume,
+            threads=threads,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            device=device,
+            on_mismatch=on_mismatch,  # type: ignore[arg-type]
+            vocabulary=vocabulary,  # type: ignore[arg-type]
+            per_task=per_task or [],
+            hash_inputs=hash_inputs,
+            progress=live,
+            **_options(option or []),
+        )
+    console.print(f"merged model: {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Run folder with a results.json.")],
 ) -> None:
@@ -227,12 +288,16 @@ def report(
 
     results = Results.load(folder / "results.json")
     write_report(results, folder)
-    console.print(render_table(results))
+    console.print(render_table(results, console.width))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 
 def _targets(text: str) -> Any:
-    return text.split(",") if "," in text else text
+    """Names stay names; PEFT takes a lone string for a regular expression of the whole name."""
+    names = [name.strip() for name in text.split(",")]
+    if text != "all-linear" and all(name.replace(".", "_").isidentifier() for name in names):
+        return names
+    return text
 
 
 def _options(texts: list[str]) -> dict[str, Any]:
