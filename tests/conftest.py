@@ -3,12 +3,12 @@
 import copy
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def small_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:

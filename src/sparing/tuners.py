@@ -54,7 +54,8 @@ class TunerConfig(PeftConfig):
         bound_to_base: whether the adapter makes sense only on the very weights it was trained on.
         size_option: the integer option that sets the number of trainable parameters.
         size_pattern_option: the option that sets it per module, if there is one.
-        smaller_options: options to fall back to, in order, where the defaults exceed a budget.
+        smaller_options: options to fall back to, in order, where the defaults exceed a budget or
+            do not suit a model.
         learning_rates: a grid around the paper's, ascending.
     """
 

@@ -149,8 +149,15 @@ def test_the_smallest_size_that_a_method_allows_is_found(tiny: MetaModel) -> Non
     """With its rank of 8, MoS needs a budget rank of 5 or more on two layers."""
     sizing = solve(competitor("mos"), tiny, Budget.parse("20%"))
     assert sizing.options["budget_rank"] >= 5
-    with pytest.raises(ConfigError, match="method 'mos': expected at least"):
-        solve(competitor("mos"), tiny, Budget.parse("3%"))
+    with pytest.raises(ConfigError, match=r"method 'mos.*expected at least"):
+        solve(competitor('mos{"r":8}'), tiny, Budget.parse("3%"))
+
+
+def test_a_default_that_does_not_suit_the_model_gives_way(tiny: MetaModel) -> None:
+    """Two layers cannot hold the default rank of 8 within 3 %, but a lower rank fits."""
+    sizing = solve(competitor("mos"), tiny, Budget.parse("3%"))
+    assert sizing.options["r"] < 8
+    assert 0.8 < sizing.share <= 1
 
 
 def test_a_failed_size_leaves_the_architecture_as_it_was(tiny: MetaModel) -> None:

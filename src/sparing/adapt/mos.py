@@ -63,6 +63,7 @@ class MoSConfig(TunerConfig):
     method: ClassVar[str] = "mos"
     size_option: ClassVar[str] = "budget_rank"
     size_pattern_option: ClassVar[str | None] = "budget_rank_pattern"
+    smaller_options: ClassVar[tuple[dict[str, Any], ...]] = ({"r": 4}, {"r": 2})
     learning_rates: ClassVar[tuple[float, ...]] = (5e-4, 2e-3, 5e-3)
 
     r: int = 8

@@ -1,6 +1,7 @@
 """Where jobs run: each in a process of its own, all in this one, or on a Ray cluster."""
 
 import functools
+import logging
 import multiprocessing
 import os
 import threading
@@ -134,26 +135,33 @@ class OnRay:
             max_retries=0,
             max_calls=1,
         )(_on_worker)
-        pending = {remote.remote(job, threads): job for job in work}
-        results: dict[str, dict[str, Any]] = {}
+        results = {job.folder: jobs.run(job) for job in work if job.result_file.exists()}
+        waiting = [job for job in work if job.folder not in results]
+        pending = {remote.remote(job, threads): job for job in waiting}
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done[0])
             try:
                 result = results[job.folder] = ray.get(done[0])
-            except UnwritableError:
-                raise
             except ray.exceptions.RayError as error:
-                reason = (str(error).strip().splitlines() or [""])[0]
-                result = results[job.folder] = {"error": f"{type(error).__name__}: {reason}"}
-            if "error" not in result and job.plan is not None:
-                on_step(job, job.plan.steps, result.get("selection_loss", float("nan")))
+                cause = getattr(error, "cause", error)
+                if isinstance(cause, UnwritableError):
+                    raise cause from None
+                reason = (str(cause).strip().splitlines() or [""])[0]
+                result = results[job.folder] = {"error": f"{type(cause).__name__}: {reason}"}
+            if job.plan is not None and "selection_loss" in result:
+                on_step(job, job.plan.steps, result["selection_loss"])
         return [results[job.folder] for job in work]
 
     def _connect(self, ray: Any) -> None:
         address = None if self.address == "local" else self.address
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+            )
         except Exception as error:
             raise ConfigError(
                 f"ray address {self.address!r}",

@@ -101,7 +101,7 @@ class Live:
         pace = (now - self._last) / max(done, 1)
         self._last = now
         self._pace = pace if self._pace is None else 0.9 * self._pace + 0.1 * pace
-        left = self._steps_left * self._pace
+        left = max(0, self._steps_left) * self._pace
         state = f"loss {loss:.3f}   {_duration(left)} left in this part"
         self._bars.update(
             self._task,

@@ -162,23 +162,30 @@ def solve(competitor: Competitor, model: MetaModel, budget: Budget) -> Sizing:
     limit = budget.limit(model.parameters)
     if budget.unit is Unit.BYTES and competitor.bound_to_base:
         model = model.with_weights()  # which entries are chosen decides how they are stored
+    refusal: ConfigError | None = None
     for fallback in ({}, *competitor.smaller_options):
         fixed = competitor.fixed
         leaner = dataclasses.replace(competitor, fixed={**fallback, **fixed})
-        chosen = _fit(leaner, model, budget.unit, limit)
-        size = model.size(leaner, chosen)
+        try:
+            chosen = _fit(leaner, model, budget.unit, limit)
+            size = model.size(leaner, chosen)
+        except ConfigError as error:  # no size suits the widths or the number of layers
+            refusal = refusal or error
+            continue
         if size[budget.unit] <= limit:
             share = size[budget.unit] / limit
             note = f"{1 - share:.0%} below the budget" if share < 1 - FAR_BELOW else ""
             given = {option: value for option, value in fallback.items() if option not in fixed}
             return Sizing({**given, **chosen}, size, share, note)
-    counted = "bytes" if budget.unit is Unit.BYTES else "parameters"
-    raise ConfigError(
-        f"budget {budget}, method {competitor.name!r}",
-        expected=f"at least the method's smallest size, {size[budget.unit]:,} {counted}",
-        found=f"{limit:,} {counted}",
-        mend="Give a larger budget, or fewer target modules.",
-    )
+        counted = "bytes" if budget.unit is Unit.BYTES else "parameters"
+        refusal = ConfigError(
+            f"budget {budget}, method {competitor.name!r}",
+            expected=f"at least the method's smallest size, {size[budget.unit]:,} {counted}",
+            found=f"{limit:,} {counted}",
+            mend="Give a larger budget, or fewer target modules.",
+        )
+    assert refusal is not None
+    raise refusal
 
 
 def _fit(competitor: Competitor, model: MetaModel, unit: Unit, limit: int) -> dict[str, Any]:
