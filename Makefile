@@ -20,12 +20,9 @@ check: $(VENV)/developer
 docs: $(VENV)/developer
 	$(BIN)/mkdocs build --strict
 
-# The run behind the table and the picture in README.md and docs/gallery.md: an hour on two cores.
-picture: $(VENV)/installed
-	$(BIN)/sparing compare smollm2-135m --budget 0.45% --methods lora,mos,neuroada,sara,hut \
-		--steps 60 --seeds 2 --out runs/picture
-	cp runs/picture/overview.png docs/images/overview.png
-	cp runs/picture/results.json docs/results-smollm2.json
+# Puts the demo's table and picture into README.md and docs/gallery.md, and renders the evidence.
+picture: demo
+	$(BIN)/python docs/render.py runs/demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparing.adapt._sara_selection import level_of, magnitude_bits
 from sparing.errors import CheckpointError
@@ -62,9 +63,8 @@ class MaskedTensor(nn.Module):
 
     def trained(self) -> Tensor:
         """(entries,): where training has brought the entries, free and frozen ones."""
-        if self.kept is None:
-            return self.values
-        return torch.where(self.grown, self.kept, self.values)
+        values = _whole(self.values)
+        return values if self.kept is None else torch.where(self.grown, self.kept, values)
 
     def entries(self) -> Tensor:
         """(entries,): P⁰ + s (P − P⁰) for the scale s; exactly P⁰ at 0 and P at 1."""
@@ -107,7 +107,8 @@ class MaskedTensor(nn.Module):
         gradient = self.pattern.gather(polar_factor(self.pattern.dense(current), solver))
         if self.kept is not None:
             gradient = gradient.masked_fill(self.grown, 0)
-        self.values.grad.add_(gradient.to(self.values.grad.dtype), alpha=strength)
+        gradient = _spread_like(gradient.to(self.values.grad.dtype), self.values.grad)
+        self.values.grad.add_(gradient, alpha=strength)
 
     def fit(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Take the mask and the sizes of a saved state.
@@ -143,12 +144,25 @@ class MaskedTensor(nn.Module):
         self.fit(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}values" in state_dict:
-            self.kept = self.values.detach().clone() if self.grown.numel() else None
+            whole = _whole(self.values.detach())
+            self.kept = whole.clone() if self.grown.numel() else None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kept is not None:
-            destination[f"{prefix}values"] = self.trained().detach()
+            destination[f"{prefix}values"] = _spread_like(self.trained().detach(), self.values)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; outside of a forward under FSDP2, all of what is spread over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor, spread over the processes if the other one is."""
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor, other.device_mesh, other.placements)
+    return tensor
 
 
 def tensor_view(layer: nn.Module, name: str) -> Tensor:

@@ -423,9 +423,11 @@ def select_by_gradient(
     """`peft.get_peft_model` for the scores "gradient" and "gradient_abs".
 
     Arguments:
-        model, batches, loss, layers_at_once: as for `gradient_scores`; batches are on the model's
-            device.
+        model: as for `gradient_scores`.
         config: left as it is; the returned model holds a copy.
+        batches: as for `gradient_scores`, on the model's device.
+        loss: as for `gradient_scores`.
+        layers_at_once: as for `gradient_scores`.
 
     Returns:
         The adapted model, whose adapter saves its positions.
