@@ -197,6 +197,12 @@ def test_importing_sparing_makes_peft_know_our_methods(first):
     assert done.stdout.strip() == "MOS", done.stderr
 
 
+@pytest.mark.parametrize("module", ["sparing.tuners", "sparing.adapt", "sparing.adapt.mos"])
+def test_every_module_can_be_imported_first(module):
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_importing_sparing_alone_imports_no_torch():
     code = "import sys, sparing; print('torch' in sys.modules, 'peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -33,7 +33,8 @@ class _PeftFinder(MetaPathFinder):
 
         def run_peft_then_register(module: ModuleType) -> None:
             run_peft(module)
-            importlib.import_module("sparing.adapt")
+            if "sparing.tuners" not in sys.modules:  # else that module, half loaded, asked for PEFT
+                importlib.import_module("sparing.adapt")
 
         spec.loader.exec_module = run_peft_then_register  # type: ignore[method-assign]
         return spec

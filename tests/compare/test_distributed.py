@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 # SaRA cannot select again what is sharded.
 METHODS = {
     "ddp": 'lora,mos{"r":2},neuroada,sara,hut,full',
-    "fsdp2": 'lora,mos{"r":2},neuroada,sara{"progressive_at":null},hut,full',
+    "fsdp2": 'lora,mos{"r":2},neuroada,sara,hut,full',
 }
 MODES = {
     "ddp": ["--multi_gpu"],

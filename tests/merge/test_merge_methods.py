@@ -189,11 +189,12 @@ def test_order_statistics_are_those_of_a_sort(numbers: list[float], data: st.Dat
 
     rank = data.draw(st.integers(0, len(numbers) - 1))
     kept = data.draw(st.sampled_from([1, 5, 1000]))
-    row = torch.tensor(numbers, dtype=torch.float64)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    row = torch.tensor(numbers, dtype=dtype)
     view = View({"a": len(row)}, 1, lambda b: (row, [row[b.start : b.stop]]), block_size=7)
     before, selection.COLLECTED = selection.COLLECTED, kept
     try:
-        found = order_statistics(view, lambda deltas, _: deltas, [rank], ["a"], "")
+        found = order_statistics(view, lambda deltas, _: deltas, [rank], ["a"], "", dtype=dtype)
     finally:
         selection.COLLECTED = before
     assert found == [sorted(numbers)[rank]]

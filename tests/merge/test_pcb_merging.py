@@ -253,6 +253,16 @@ def test_lambdas_need_no_new_competition() -> None:
         weights.merge([1.0])
 
 
+def test_merging_into_the_base_model_does_not_change_the_next_merge() -> None:
+    taus = vectors()
+    model = torch.nn.Linear(400, 1, bias=False).double()
+    experts = [{"weight": model.weight.detach() + tau} for tau in taus]
+    weights = PCBWeights.compute(model.state_dict(), experts)
+    first = weights.merge()
+    model.load_state_dict(first)
+    assert torch.equal(weights.merge()["weight"], first["weight"])
+
+
 def test_tied_weights_compete_once_and_whole_numbers_stay() -> None:
     def model(seed: int) -> dict[str, Tensor]:
         table = vectors(1, 60, seed)[0].float().view(6, 10)

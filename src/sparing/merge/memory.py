@@ -77,6 +77,12 @@ class InMemory:
         deltas = [e[block.tensor].detach().reshape(-1)[here].double() - base for e in self._experts]
         return base, deltas
 
+    def keep_base(self) -> None:
+        """Copy the base and let go of the experts, so that a model whose state dict was given can
+        be changed; the view cannot be read any more."""
+        self._base = {name: tensor.detach().clone() for name, tensor in self._base.items()}
+        self._experts = ()
+
     def with_update(self, update: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The base plus a flat float64 task vector for every tensor, in the base's types."""
         merged: dict[str, Tensor] = {}

@@ -389,6 +389,7 @@ class PCBWeights:
             block = Block(name, 0, size)
             prepared = _prepared(together.view.read(block)[1], chosen, block)
             contributions[name] = shares(prepared, chosen, known[name]) if size else prepared
+        together.keep_base()
         return cls(together, contributions)
 
     def merge(self, lam: float | Sequence[float] = 1.0) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ collected and sorted. One scan does for a small model, two for most; float32 nev
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,43 +37,63 @@ def order_statistics(
     ranks: Sequence[int],
     tensors: Sequence[str],
     stage: str,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> list[float]:
     """The number of a given rank in each of several long rows.
 
     Arguments:
         view: of the models.
         values: from the task vectors of a block to one piece of every row, (size of the block,)
-            float32 or float64, without NaN.
+            of the same `dtype`, without NaN.
         ranks: for every row, the wanted place in ascending order, from 0.
         tensors: that the rows go over.
         stage: what it is for, shown to the user.
+        dtype: float32 or float64.
 
     Returns:
-        One number a row, exact for float32 and float64.
+        One number a row, exact.
     """
     size = view.size(tensors)
     rows = [_Row(rank, size) for rank in ranks]
     while any(row.found is None for row in rows):
         open_rows = [index for index, row in enumerate(rows) if row.found is None]
 
-        def look(
-            deltas: list[Tensor], block: Block, ahead: list[int] = open_rows
-        ) -> tuple[torch.dtype, list[Tensor]]:
+        def look(deltas: list[Tensor], block: Block, ahead: list[int] = open_rows) -> list[Tensor]:
             pieces = values(deltas, block)
-            return pieces[0].dtype, [_look(rows[index], pieces[index]) for index in ahead]
+            return [_look(rows[index], pieces[index]) for index in ahead]
 
-        sums: list[Any] = [0 if not rows[index].small() else [] for index in open_rows]
-        dtype = torch.float64
-        for kind, found in view.scan(look, tensors, stage):
-            dtype = kind
-            for place, piece in enumerate(found):
-                if isinstance(sums[place], list):
-                    sums[place].append(piece)
-                else:
-                    sums[place] = sums[place] + piece
-        for index, total in zip(open_rows, sums, strict=True):
-            _narrow(rows[index], total, dtype)
+        gathered = [_Gathered(rows[index], dtype) for index in open_rows]
+        for pieces in view.scan(look, tensors, stage):
+            for whole, piece in zip(gathered, pieces, strict=True):
+                whole.add(piece)
+        for index, whole in zip(open_rows, gathered, strict=True):
+            _narrow(rows[index], whole.total, dtype)
     return [row.found for row in rows if row.found is not None]
+
+
+class _Gathered:
+    """The sum of one row's histograms, or all its keys in one tensor.
+
+    Keys are copied at once: small tensors that outlive their block would leave holes in the heap
+    that the next block does not fit in.
+    """
+
+    def __init__(self, row: _Row, dtype: torch.dtype) -> None:
+        self._filled: int | None = 0 if row.small() else None
+        self.total = (
+            torch.empty(row.count, dtype=_PATTERNS[dtype])
+            if row.small()
+            else torch.zeros(_BINS, dtype=torch.int64)
+        )
+
+    def add(self, piece: Tensor) -> None:
+        """Take what `_look` found in the next block."""
+        if self._filled is None:
+            self.total += piece.cpu()
+        else:
+            self.total[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
 
 
 def _look(row: _Row, values: Tensor) -> Tensor:
@@ -91,9 +110,9 @@ def _look(row: _Row, values: Tensor) -> Tensor:
     return torch.bincount((keys >> (row.shift - _BITS)) - (row.prefix << _BITS), minlength=_BINS)
 
 
-def _narrow(row: _Row, total: Any, dtype: torch.dtype) -> None:
-    if isinstance(total, list):
-        row.found = _value(int(torch.cat(total).sort().values[row.rank]), dtype)
+def _narrow(row: _Row, total: Tensor, dtype: torch.dtype) -> None:
+    if row.small():
+        row.found = _value(int(total.sort().values[row.rank]), dtype)
         return
     below = total.cumsum(0)
     chosen = int(torch.searchsorted(below, row.rank, right=True))

@@ -79,7 +79,12 @@ def survey(view: View, options: TiesOptions) -> dict[str, list[float]]:
     for tensors in groups(view, options.scope):
         rank = rank_of_cut(options.density, view.size(tensors))
         thresholds = order_statistics(
-            view, _sizes, [rank] * view.experts, tensors, "finding thresholds"
+            view,
+            _sizes,
+            [rank] * view.experts,
+            tensors,
+            "finding thresholds",
+            dtype=torch.float32,
         )
         found.update(dict.fromkeys(tensors, thresholds))
     return found
