@@ -21,11 +21,7 @@ from sparing.train import evaluate
 # The sums over a batch are formed in another order. Nats a token; measured: up to 6e-7.
 TOLERANCE = 1e-5
 
-# SaRA cannot select again what is sharded.
-METHODS = {
-    "ddp": 'lora,mos{"r":2},neuroada,sara,hut,full',
-    "fsdp2": 'lora,mos{"r":2},neuroada,sara,hut,full',
-}
+METHODS = 'lora,mos{"r":2},neuroada,sara,hut,full'
 MODES = {
     "ddp": ["--multi_gpu"],
     "fsdp2": [
@@ -40,7 +36,7 @@ MODES = {
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The rows of all methods in one process, by method."""
-    methods = dict.fromkeys(name for text in METHODS.values() for name in split_methods(text))
+    methods = split_methods(METHODS)
     settings = dataclasses.replace(SMALL, methods=tuple(methods), learning_rates={"*": (1e-3,)})
     results = compare(settings, folder=tmp_path_factory.mktemp("alone"), isolate=False)
     return {row["method"]: row for row in numbers(results)}
@@ -52,7 +48,7 @@ def launch(mode: str, folder: Path) -> str:
     command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     program = Path(__file__).with_name("_processes.py")
     done = subprocess.run(
-        [*command, str(program), str(folder), METHODS[mode]],
+        [*command, str(program), str(folder), METHODS],
         capture_output=True,
         text=True,
         timeout=300,
@@ -67,7 +63,7 @@ def test_two_processes_give_the_numbers_of_one(mode: str, alone, tmp_path: Path)
     output = launch(mode, tmp_path)
     assert output.count("report: ") == 1
     together = Results.load(tmp_path / "results.json")
-    assert len(together.rows) == 1 + len(split_methods(METHODS[mode]))
+    assert len(together.rows) == 1 + len(split_methods(METHODS))
     for mine in numbers(together):
         theirs = alone[mine["method"]]
         for name in ("method", "status", "options", "trainable_parameters", "adapter_bytes"):
