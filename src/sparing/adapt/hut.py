@@ -10,6 +10,7 @@ Matrices are stored as torch stores weights, (outputs, inputs); the paper writes
 
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -190,10 +191,11 @@ class HUTAdapter(LayerAdapter):
         """1 + deviation, kept inside (0, 2) if bounded."""
         return 1 + (torch.tanh(deviation) if self.bounded else deviation)
 
+    @abstractmethod
     def factors(self) -> tuple[Tensor | None, ...]:
         """What `rebuild` multiplies by: small float32 tensors, differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rebuild(self, weight: Tensor, *factors: Tensor | None) -> Tensor:
         """The new weight, output scale included, in at least float32; differentiable.
 
@@ -201,7 +203,6 @@ class HUTAdapter(LayerAdapter):
             weight: (outputs, inputs), frozen, any strides.
             factors: of `factors`.
         """
-        raise NotImplementedError
 
     def rebuilt_bias(self, bias: Tensor | None) -> Tensor | None:
         """γ ⊙ bias + β in float32, or None if there is neither (HUT, eq. 3) [rec]."""
