@@ -941,7 +941,10 @@ def test_a_unet_trains_saves_loads_and_merges(conditional, tmp_path):
     with torch.no_grad():
         after = model(x, **inputs).sample
         loaded = peft.PeftModel.from_pretrained(unet(conditional), tmp_path)
-        assert torch.equal(loaded(x, **inputs).sample, after)
+        mine, theirs = (peft.get_peft_model_state_dict(m) for m in (model, loaded))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine.keys() | theirs.keys())
+        # With several threads the convolutions of the two may run in other memory layouts.
+        torch.testing.assert_close(loaded(x, **inputs).sample, after, rtol=1e-5, atol=1e-6)
         merged = model.merge_and_unload()
         assert type(merged) is type(base)
         torch.testing.assert_close(merged(x, **inputs).sample, after, rtol=1e-4, atol=1e-5)
