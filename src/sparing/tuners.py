@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
 )
@@ -120,6 +121,27 @@ def matrix_view(layer: nn.Module, tensor: Tensor) -> Tensor:
     if isinstance(layer, Conv1D):
         return tensor.t()
     return tensor.flatten(1)
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a layer as a matrix, also where its weight is packed."""
+    if resolve_quantization_backend(layer) is None:
+        assert isinstance(layer.weight, Tensor)
+        outputs, inputs = matrix_view(layer, layer.weight).shape
+        return outputs, inputs
+    width, height = _get_in_out_features(layer)
+    assert width is not None
+    assert height is not None
+    return height, width
+
+
+def product_type(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """The type in which a plain linear layer would multiply x: autocast's, if it is on.
+
+    Products of our own operators are not seen by autocast, so they have to ask.
+    """
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
 
 
 class LayerAdapter(nn.Module, ABC):

@@ -1,5 +1,6 @@
 """Fine-tune few parameters: PEFT methods that work with `peft.get_peft_model`."""
 
+from sparing.adapt.callback import TunerCallback
 from sparing.adapt.hut import HUTConfig
 from sparing.adapt.mos import MoSConfig, selection_histogram
 from sparing.adapt.mos_export import export_lora
@@ -20,6 +21,7 @@ __all__ = [
     "MoSConfig",
     "NeuroAdaConfig",
     "SaRAConfig",
+    "TunerCallback",
     "default_learning_rate",
     "export_lora",
     "gradient_scores",

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
 from sparing.errors import ConfigError
 from sparing.tuners import (
@@ -29,8 +28,10 @@ from sparing.tuners import (
     TunerConfig,
     TunerLayer,
     generator_for,
+    layer_shape,
     matrix_view,
     option_for,
+    product_type,
     register_tuner,
 )
 
@@ -215,7 +216,7 @@ class HUTAdapter(LayerAdapter):
         return self.shift if bias is None else bias + self.shift
 
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        x = _as_the_layer_would(x)
+        x = x.to(product_type(x, x.dtype))
         bias = self.rebuilt_bias(_bias(layer))
         if bias is not None:
             bias = bias.to(x.dtype)
@@ -309,7 +310,7 @@ class BlockAdapter(HUTAdapter):
         Autograd keeps the products of every block, r outputs a token. Recomputing them would take
         as long as the dense gradient of "weight", which needs no memory either.
         """
-        x = _as_the_layer_would(x)
+        x = x.to(product_type(x, x.dtype))
         # A width splits into (block, within it), or for tiles into (turn, tile).
         split, block = ((-1, self.rank), 1) if self.tiled else ((self.rank, -1), 0)
         into, out = self.factors()
@@ -387,12 +388,6 @@ def _bias(layer: nn.Module) -> Tensor | None:
     return getattr(layer, "bias", None)
 
 
-def _as_the_layer_would(x: Tensor) -> Tensor:
-    """x in the type in which a plain linear layer would multiply it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
 class HUTTuner(Tuner):
     """Puts HUT adapters on linear layers.
 
@@ -406,7 +401,7 @@ class HUTTuner(Tuner):
         self, config: HUTConfig, layer: nn.Module, module_name: str, shared: nn.Module | None
     ) -> HUTAdapter:
         rank = option_for(config.rank_pattern, module_name, config.r)
-        inputs, outputs = _widths(layer)
+        outputs, inputs = layer_shape(layer)
         self._check_rank(config, rank, inputs, outputs, module_name)
         if resolve_quantization_backend(layer) is not None:
             _check_quantised(config, rank, layer, module_name)
@@ -488,13 +483,6 @@ class HUTTuner(Tuner):
 
 def _shifts(adapter: Any) -> bool:
     return adapter.shift is not None and bool(adapter.shift.any())
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a layer, also if its weight is packed."""
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 
 def _check_quantised(config: HUTConfig, rank: int, layer: nn.Module, name: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from sparing.errors import CheckpointError, ConfigError
@@ -25,6 +24,7 @@ from sparing.tuners import (
     TunerConfig,
     TunerLayer,
     generator_for,
+    layer_shape,
     option_for,
     register_tuner,
 )
@@ -362,15 +362,13 @@ def _recipe(config: MoSConfig) -> Tensor:
 def _group(config: MoSConfig, name: str, layer: nn.Module) -> str:
     """The name of a layer's pool; layers of one type but other widths cannot share."""
     owner = name.rpartition(".")[2] if config.sharing == "type" else name.replace(".", "-")
-    inputs, outputs = _get_in_out_features(layer)
+    outputs, inputs = layer_shape(layer)
     return f"{owner}_{inputs}x{outputs}"
 
 
 def _new_pool(config: MoSConfig, group: str, layers: dict[str, nn.Module]) -> ShardPool:
     names, layer = list(layers), next(iter(layers.values()))
-    inputs, outputs = _get_in_out_features(layer)
-    assert inputs is not None
-    assert outputs is not None
+    outputs, inputs = layer_shape(layer)
     budget = _budget(config, group, names)
     private, blocks = config.private_rows(budget), len(names)
     where = f"module {names[0]!r}" if blocks == 1 else f"pool {group!r} of {blocks} layers"

@@ -25,8 +25,10 @@ from sparing.tuners import (
     TunerConfig,
     TunerLayer,
     generator_for,
+    layer_shape,
     matrix_view,
     option_for,
+    product_type,
     register_tuner,
 )
 
@@ -155,7 +157,7 @@ class NeuroAdaAdapter(AdditiveAdapter):
         if self.packed:
             return super().forward(x, layer)
         weight = matrix_view(layer, layer.weight)
-        x = x.to(_product_type(x, weight))
+        x = x.to(product_type(x, weight.dtype))
         y = self.pattern.patched_linear(x, weight, layer.bias, self.bypass, added=True)
         return y if self.bias_bypass is None else y + self.bias_bypass.to(y.dtype)
 
@@ -173,13 +175,6 @@ class NeuroAdaAdapter(AdditiveAdapter):
         if bias is not None and self.bias_bypass is not None:
             bias = (bias + self.bias_bypass).to(bias.dtype)
         return weight, bias
-
-
-def _product_type(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The type a plain linear layer would compute in."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
 
 
 class NeuroAdaTuner(Tuner):
@@ -213,7 +208,7 @@ class NeuroAdaTuner(Tuner):
     def new_adapter(
         self, config: Any, layer: nn.Module, module_name: str, shared: nn.Module | None
     ) -> NeuroAdaAdapter:
-        neurons, inputs = shape = _shape(layer)
+        neurons, inputs = shape = layer_shape(layer)
         if module_name in self._positions:
             pattern = Pattern.at(self._positions.pop(module_name), shape)
         else:
@@ -241,7 +236,10 @@ class NeuroAdaTuner(Tuner):
             return
         for name, layer in layers.items():
             if config.score == "random":
-                yield name, torch.rand(_shape(layer), generator=generator_for(config.seed, name))
+                yield (
+                    name,
+                    torch.rand(layer_shape(layer), generator=generator_for(config.seed, name)),
+                )
             else:
                 size = _readable_weight(layer, name).abs()
                 yield name, -size if config.score == "reverse" else size
@@ -309,14 +307,6 @@ def _take_saved_positions(
 
 def _has_bias(layer: nn.Module) -> bool:
     return getattr(layer, "bias", None) is not None
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    """(outputs, inputs), also where the weight is packed."""
-    if resolve_quantization_backend(layer) is None:
-        outputs, inputs = matrix_view(layer, layer.weight).shape
-        return outputs, inputs
-    return int(layer.out_features), int(layer.in_features)
 
 
 def _readable_weight(layer: Any, name: str) -> Tensor:
@@ -393,7 +383,7 @@ def _choose_in_pools(
     names = list(layers)
     sizes: dict[str, int] = defaultdict(int)
     for name, layer in layers.items():
-        neurons, inputs = _shape(layer)
+        neurons, inputs = layer_shape(layer)
         sizes[_pool_name(config, name)] += neurons * config.entries_per_neuron(name, inputs)
     pools = {pool: _Pool(size) for pool, size in sizes.items()}
     for name, score in scores:

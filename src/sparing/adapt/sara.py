@@ -39,6 +39,7 @@ from sparing.tuners import (
     TunerLayer,
     generator_for,
     matrix_view,
+    product_type,
     register_tuner,
 )
 
@@ -177,11 +178,11 @@ class SaRAAdapter(LayerAdapter):
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def forward(self, x: Tensor, layer: Any) -> Tensor:
-        weight, bias = layer.weight, layer.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x = x.to(product_type(x, x.dtype))
+        weight = layer.weight.to(product_type(x, layer.weight.dtype))
+        bias: Any = layer.bias
+        if bias is not None:
+            bias = bias.to(product_type(x, bias.dtype))
         trained = None
         if self.bias is not None:
             # The product takes the value and this zero the gradient: adding the bias afterwards
@@ -207,7 +208,7 @@ class SaRATuner(Tuner):
     """Puts `SaRAAdapter`s on a model, re-selects half-way and adds the nuclear-norm gradient.
 
     The re-selection and the nuclear-norm term need a training loop that calls `after_step` and
-    `before_step`, such as ours, or `Trainer` with `sparing.adapt.callback.TunerCallback`.
+    `before_step`, such as ours, or `Trainer` with `sparing.adapt.TunerCallback`.
     """
 
     prefix = "sara_"

@@ -224,6 +224,7 @@ def _latency(
     try:
         merged = model.merge_and_unload()
     except (ValueError, NotImplementedError, AttributeError, TypeError):
+        # PEFT's methods have no common way to say that they cannot merge.
         return {"latency_ratio": ratio, "merged_latency_ratio": None}
     merged_ratio = _ratio(lambda: merged(input_ids=ids), lambda: base(input_ids=ids))
     return {"latency_ratio": ratio, "merged_latency_ratio": merged_ratio}

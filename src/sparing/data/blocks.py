@@ -125,7 +125,7 @@ def prepare(
         leaked = 0
     else:
         documents, leaked = _split_documents([e.text for e in examples], block_length, seed)
-        blocks = [_text_blocks(part, tokenizer, block_length) for part in documents]
+        blocks = [text_blocks(part, tokenizer, block_length) for part in documents]
     limits = (None, selection_blocks, validation_blocks)
     named = dict(zip(("train", "selection", "validation"), blocks, strict=True))
     for name, batch in named.items():
@@ -190,7 +190,8 @@ def _normal(paragraph: str) -> str:
     return " ".join(paragraph.split())
 
 
-def _text_blocks(documents: Sequence[str], tokenizer: Any, length: int) -> Batch:
+def text_blocks(documents: Sequence[str], tokenizer: Any, length: int) -> Batch:
+    """All full blocks of the documents laid end to end, an end mark after each."""
     ids: list[int] = []
     for document in documents:
         if document.strip():

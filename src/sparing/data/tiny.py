@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparing.data.blocks import _text_blocks
+from sparing.data.blocks import text_blocks
 from sparing.data.corpora import python_source
 
 VOCABULARY = 512
@@ -31,7 +31,7 @@ def train_tiny() -> tuple[LlamaForCausalLM, Any]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    blocks = _text_blocks(texts, tokenizer, BLOCK_LENGTH).input_ids
+    blocks = text_blocks(texts, tokenizer, BLOCK_LENGTH).input_ids
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
