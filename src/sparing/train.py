@@ -6,7 +6,7 @@ same global batch, and the loss is the sum over tokens divided by the tokens of 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -137,7 +137,7 @@ def train(
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * plan.rate_factor(step)
-        loss = _backward(model, data.take(order[step]), accelerator)
+        loss = _backward(model, data.take(order[step]), accelerator, tuners)
         for tuner in tuners:
             tuner.before_step()
         accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], plan.clip)
@@ -195,11 +195,17 @@ def evaluate(
     return float(total) / data.target_tokens
 
 
-def _backward(model: nn.Module, batch: Batch, accelerator: Accelerator) -> float:
+def _backward(
+    model: nn.Module, batch: Batch, accelerator: Accelerator, tuners: Sequence[Tuner] = ()
+) -> float:
     tokens = int((batch.labels[:, 1:] != IGNORE).sum())
     local = _token_loss(model, _share(batch, accelerator), accelerator.device) / tokens
     # Gradients are averaged over the processes; the factor turns that into a sum.
-    accelerator.backward(local * accelerator.num_processes)
+    objective = local * accelerator.num_processes
+    for tuner in tuners:
+        extra = tuner.auxiliary_loss()
+        objective = objective if extra is None else objective + extra
+    accelerator.backward(objective)
     loss = float(accelerator.reduce(local.detach(), "sum"))
     if not math.isfinite(loss):
         raise DivergedError(

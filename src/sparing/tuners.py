@@ -8,8 +8,9 @@ which layer). Everything PEFT promises about named adapters, merging, saving and
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparing.errors import CheckpointError, ConfigError
 from sparing.fingerprint import fingerprint
+from sparing.forward_pass import Passes
 
 
 @dataclass
@@ -220,7 +222,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """The adapters of this layer by name: a `nn.ModuleDict` of `LayerAdapter`s."""
         return getattr(self, self.adapter_layer_names[0])
 
-    def add(self, name: str, adapter: LayerAdapter) -> None:
+    def add(self, name: str, adapter: "LayerAdapter | ModuleAdapter") -> None:
         """Hold one more adapter, on the base layer's device."""
         self.adapters[name] = adapter
         self._move_adapter_to_device_of_base_layer(name)
@@ -291,12 +293,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 adapter = self.adapters[name]
                 if not adapter.mergeable:
-                    raise ConfigError(
-                        f"adapter {name!r}",
-                        expected="a change of the weights that is the same for every input",
-                        found=f"{type(adapter).__name__}, which depends on its input",
-                        mend="Keep the adapter as it is; it cannot be merged.",
-                    )
+                    raise _unmergeable(name, adapter)
                 weight, bias = adapter.merged(weight, bias)
         if safe_merge and not torch.isfinite(weight).all():
             raise ConfigError(
@@ -356,6 +353,53 @@ def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tensor is None else tensor
 
 
+class ModuleAdapter(nn.Module, ABC):
+    """One adapter on a module that is not a linear layer: an activation, a feed-forward network.
+
+    Trainable parameters are float32 whatever the type of the base model.
+    """
+
+    mergeable: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The adapted output.
+
+        Arguments:
+            module: the base module, or the one already changed by another active adapter.
+            args, kwargs: of the module's call.
+        """
+
+
+class AdaptedModule(TunerLayer):
+    """Any module with `ModuleAdapter`s; several active ones wrap each other in their order."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = self.base_layer
+        if not self.disable_adapters:
+            for name in self.active_adapters:
+                if name in self.adapters:
+                    call = partial(self.adapters[name], call)
+        return call(*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.adapters:
+                raise _unmergeable(name, self.adapters[name])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+def _unmergeable(name: str, adapter: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"adapter {name!r}",
+        expected="a change of the weights that is the same for every input",
+        found=f"{type(adapter).__name__}, which depends on its input",
+        mend="Keep the adapter as it is; it cannot be merged.",
+    )
+
+
 class AdaptedLinear(TunerLayer):
     """A linear layer with adapters. PEFT's "all-linear" looks for "Linear" in the class name."""
 
@@ -368,17 +412,21 @@ class Tuner(BaseTuner):
     """Puts a method's adapters on a model.
 
     A method sets `prefix` and implements `new_adapter`; one with tensors shared by all layers also
-    implements `new_shared`.
+    implements `new_shared`. One whose layers need to know more than their input sets `uses_passes`
+    and gives `self.passes` to its adapters; keyword arguments of the model's call named in
+    `forward_inputs` go there.
     """
 
     prefix: str
     tuner_layer_cls = TunerLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+    uses_passes: ClassVar[bool] = False
+    forward_inputs: ClassVar[tuple[str, ...]] = ()
 
     def new_adapter(
         self, config: Any, layer: nn.Module, module_name: str, shared: nn.Module | None
-    ) -> LayerAdapter:
+    ) -> LayerAdapter | ModuleAdapter:
         """The adapter for one layer, created on the CPU and equal to the identity.
 
         Arguments:
@@ -426,6 +474,22 @@ class Tuner(BaseTuner):
             self.add_module(name, nn.ModuleDict())
         return self._modules[name]  # type: ignore[return-value]
 
+    @property
+    def passes(self) -> Passes:
+        """What layers share during a forward; see `sparing.forward_pass`."""
+        if "_passes" not in self.__dict__:
+            self.__dict__["_passes"] = Passes(self.forward_inputs)
+            self.passes.watch(self.model)
+        return self.__dict__["_passes"]
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the method adds to the loss of the last forward, or None.
+
+        Already part of `output.loss` in training mode; a loop that computes its own loss from the
+        logits adds it.
+        """
+        return self.passes.auxiliary_loss() if self.uses_passes else None
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -469,11 +533,30 @@ class Tuner(BaseTuner):
         if isinstance(target, TunerLayer):
             target.add(adapter_name, adapter)
             return
-        kind = AdaptedConv2d if isinstance(layer, nn.Conv2d) else AdaptedLinear
-        wrapper = kind(layer, self.prefix)
+        wrapper = self.wrapper_type(layer, adapter)(layer, self.prefix)
         wrapper.add(adapter_name, adapter)
         wrapper.set_adapter(self.active_adapters)
         self._replace_module(parent, target_name, wrapper, target)
+
+    def wrapper_type(self, layer: nn.Module, adapter: nn.Module) -> type[TunerLayer]:
+        """The class that wraps a base layer and its adapters."""
+        if isinstance(adapter, ModuleAdapter):
+            return AdaptedModule
+        return AdaptedConv2d if isinstance(layer, nn.Conv2d) else AdaptedLinear
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if next(child.parameters(), None) is None:  # PEFT looks for the device of its weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self.uses_passes:
+            self.passes.unwatch(self.model)
+        return model
 
     def _check_layer(self, layer: nn.Module, name: str) -> None:
         if not isinstance(layer, self.layer_types) and resolve_quantization_backend(layer) is None:
