@@ -1,5 +1,7 @@
 """Sparse products equal their dense definitions, and patterns survive files and devices."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparing._patching import PatchedInPlace
 from sparing.sparsity import DENSE_GRADIENT_SHARE, Pattern, top_entries
 
 
@@ -125,6 +128,46 @@ def test_the_backward_keeps_neither_a_patched_weight_nor_a_copy_of_the_weight():
         pattern.patched_linear(x, weight, None, entries)
     large = [t for t in kept if t.numel() >= weight.numel()]
     assert [t.data_ptr() for t in large] == [weight.data_ptr()]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_training_in_place_equals_inference_with_a_copy_and_leaves_the_weight(transposed, added):
+    weight = (numbers(24, 16).t() if transposed else numbers(16, 24)).float()
+    before, pattern = weight.clone(), random_pattern(16, 24, 0.1, seed=1)
+    x, entries = numbers(6, 24).float(), numbers(len(pattern)).float().requires_grad_()
+    trained = pattern.patched_linear(x, weight, None, entries, added=added)
+    assert "PatchedInPlace" in type(trained.grad_fn.next_functions[0][0]).__name__
+    assert torch.equal(weight, before)
+    trained.sum().backward()
+    assert torch.equal(weight, before)
+    with torch.no_grad():
+        assert torch.equal(pattern.patched_linear(x, weight, None, entries, added=added), trained)
+
+
+def test_a_failed_product_leaves_the_weight_as_it_was():
+    weight, pattern = numbers(16, 24).float(), random_pattern(16, 24, 0.1, seed=1)
+    before = weight.clone()
+    entries = numbers(len(pattern)).float().requires_grad_()
+    with pytest.raises(RuntimeError):
+        PatchedInPlace.apply(numbers(6, 23).float(), weight, None, entries, pattern, False)
+    assert torch.equal(weight, before)
+
+
+def test_threads_that_train_on_one_weight_do_not_see_each_other():
+    weight, pattern = numbers(64, 96).float(), random_pattern(64, 96, 0.05, seed=1)
+    x = numbers(16, 96).float()
+
+    def train(seed: int) -> Tensor:
+        entries = numbers(len(pattern), seed=seed).float().requires_grad_()
+        return torch.stack(
+            [pattern.patched_linear(x, weight, None, entries).detach() for _ in range(50)]
+        )
+
+    expected = [train(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for found, alone in zip(threads.map(train, range(4)), expected, strict=True):
+            assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize("uniform", [False, True])

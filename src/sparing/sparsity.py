@@ -2,8 +2,8 @@
 
 A sparse matrix here is a vector of values plus a fixed `Pattern` of positions. Two products use it:
 
-* `patched_linear` multiplies by a dense weight in which the entries have been changed. The patched
-  copy lives inside the product and is rebuilt, not kept, for the backward.
+* `patched_linear` multiplies by a dense weight in which the entries have been changed: for the
+  time of the product only, in a copy or, training on a CPU, in the weight itself.
 * `Pattern.linear` multiplies by the sparse matrix alone, for base layers whose weight is packed.
 
 In both, the gradient of an entry is one dot product over the tokens; the dense gradient of the
@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparing import _patching
 
 # Above this share of chosen entries one dense GEMM beats that many separate dot products
 # (measured on CPU: 0.07 ms for 0.7 % of a 576x576 weight against 1.2 ms for the GEMM).
@@ -118,6 +120,7 @@ class Pattern(nn.Module):
         self.register_buffer("stored_counts", None if counts is None else counts.to(small))
         for name, tensor in zip(("rows", "columns", "row_starts"), self._expand(), strict=True):
             self.register_buffer(name, tensor, persistent=False)
+        self._offsets: tuple[tuple[int, ...], Tensor] | None = None
 
     def _expand(self) -> tuple[Tensor, Tensor, Tensor]:
         height = self.shape[0]
@@ -133,12 +136,14 @@ class Pattern(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pattern":
         # PEFT moves each new module to its layer's device, also one whose positions come later.
+        self._offsets = None
         return self if self.columns.is_meta else super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if not self.stored_columns.is_meta:
             self.rows, self.columns, self.row_starts = self._expand()
+            self._offsets = None
 
     def __len__(self) -> int:
         return self.columns.numel()
@@ -199,9 +204,26 @@ class Pattern(nn.Module):
             (..., height), of the type of `x`.
         """
         flat = x.reshape(-1, self.shape[1])
-        positions = (self.rows, self.columns, self.row_starts)
-        y = _patched_linear(flat, weight, bias, entries, *positions, added)
+        if _patching.suits(flat, weight, bias, entries):
+            y = _patching.PatchedInPlace.apply(flat, weight, bias, entries, self, added)
+        else:
+            positions = (self.rows, self.columns, self.row_starts)
+            y = _patched_linear(flat, weight, bias, entries, *positions, added)
         return y.view(*x.shape[:-1], self.shape[0])
+
+    def gradients(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The chosen entries of gradᵀ x: (tokens, height) and (tokens, width) -> (entries,)."""
+        return _entry_gradients(grad, x, self.rows, self.columns, self.row_starts)
+
+    def offsets(self, matrix: Tensor) -> Tensor:
+        """Where the entries lie in the memory of a dense (height, width) matrix: (entries,) int64,
+        kept until the matrix is laid out otherwise."""
+        known = self._offsets
+        if known is None or known[0] != matrix.stride():
+            down, right = matrix.stride()
+            known = (matrix.stride(), self.rows.long() * down + self.columns.long() * right)
+            self._offsets = known
+        return known[1]
 
 
 def _csr(entries: Tensor, columns: Tensor, row_starts: Tensor, width: int) -> Tensor:

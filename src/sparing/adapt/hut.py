@@ -302,7 +302,9 @@ class BlockAdapter(HUTAdapter):
             return (y * out).to(y.dtype)
         if bias is not None:
             shift = shift - out * bias
-        return torch.addcmul(shift, y, out).to(y.dtype)
+        if torch.is_grad_enabled() or y.dtype != shift.dtype:
+            return torch.addcmul(shift, y, out).to(y.dtype)
+        return torch.addcmul(shift, y, out, out=y)
 
     def _blocks(self, x: Tensor, layer: nn.Module) -> Tensor:
         """y_q = Σ_p M_B[p, q] ⊙ ((x_p ⊙ M_A[p, q]) W[p, q]) (HUT, eq. 8).
