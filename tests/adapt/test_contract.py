@@ -9,7 +9,12 @@ import torch
 from conftest import perturb, small_gpt2, small_llama, token_ids
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from sparing import adapt
 from sparing.adapt.callback import TunerCallback
@@ -285,3 +290,41 @@ def test_config_survives_json(method, tmp_path):
     loaded = peft.PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is type(config)
     assert dataclasses.asdict(loaded) == dataclasses.asdict(config)
+
+
+@pytest.fixture(scope="module")
+def saved_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    small_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_4_or_8_bits_is_adapted_or_refused_by_name(method, bits, saved_base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32
+    )
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(
+            saved_base, quantization_config=quantised, device_map="cpu"
+        )
+
+    ids, base = token_ids(), load()
+    before = base(ids).logits
+    try:
+        model = adapted(base, method)
+    except ConfigError as error:
+        if "quantised" not in str(error):
+            raise
+        return
+    if method not in EXCEPTIONS["starts as the identity"]:
+        assert torch.equal(model(ids).logits, before)
+    perturb(model)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or torch.isfinite(parameter.grad).all(), name
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(load(), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
