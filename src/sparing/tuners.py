@@ -55,6 +55,8 @@ class TunerConfig(PeftConfig):
     Class attributes for budgets and comparisons:
         method: name in PEFT, lower case with underscores.
         bound_to_base: whether the adapter makes sense only on the very weights it was trained on.
+        starts_fresh: whether it is trained from scratch; False for methods that are put together
+            from trained adapters, which comparisons leave out.
         size_option: the integer option that sets the number of trainable parameters.
         size_pattern_option: the option that sets it per module, if there is one.
         smaller_options: options to fall back to, in order, where the defaults exceed a budget or
@@ -64,6 +66,7 @@ class TunerConfig(PeftConfig):
 
     method: ClassVar[str]
     bound_to_base: ClassVar[bool] = False
+    starts_fresh: ClassVar[bool] = True
     size_option: ClassVar[str]
     size_pattern_option: ClassVar[str | None] = None
     smaller_options: ClassVar[tuple[dict[str, Any], ...]] = ()
@@ -118,11 +121,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def matrix_view(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """A view of a layer's weight as (outputs, inputs): transposed for GPT-2's `Conv1D`, and
-    (out, in·height·width) for a convolution."""
+    """A view of a layer's weight as (outputs, inputs): transposed for GPT-2's `Conv1D`,
+    (out, in·height·width) for a convolution, and (width, 1) for a normalisation."""
     if isinstance(layer, Conv1D):
         return tensor.t()
-    return tensor.flatten(1)
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

@@ -97,11 +97,16 @@ class Competitor:
 
 
 def split_methods(text: str) -> list[str]:
-    """Split `lora,mos,peft:vera{"r":256}` at the commas outside braces; `all-adapt` expands."""
+    """Split `lora,mos,peft:vera{"r":256}` at the commas outside braces.
+
+    `all-adapt` stands for LoRA and all of our methods that are not named beside it.
+    """
     names = [name.strip() for name in re.split(r",(?![^{]*\})", text) if name.strip()]
     expanded: list[str] = []
+    ours = [slug for slug, config in _our_configs().items() if config.starts_fresh]
     for name in names:
-        expanded += [m.slug for m in ready("adapt")] if name == "all-adapt" else [name]
+        others = [one for one in ("lora", *ours) if one not in names]
+        expanded += others if name == "all-adapt" else [name]
     if not expanded:
         raise ConfigError(
             "methods", expected="at least one name", found=repr(text), mend="Try lora,mos."
@@ -131,8 +136,15 @@ def competitor(name: str) -> Competitor:
         return _peft_competitor(name, "lora", options)
     if bare.startswith("peft:"):
         return _peft_competitor(name, bare.removeprefix("peft:"), options)
-    ours = {config.method.replace("_", "-"): config for config in _our_configs()}
+    ours = _our_configs()
     if bare in ours:
+        if not ours[bare].starts_fresh:
+            raise ConfigError(
+                f"method {name!r}",
+                expected="a method that is trained from scratch",
+                found="one that is put together from trained adapters",
+                mend="Train the adapters first and use `sparing route`.",
+            )
         config_class = ours[bare]
         title = next(m.title.split(":")[0] for m in CATALOG if m.slug == bare)
         return _sized(
@@ -157,16 +169,18 @@ def competitor(name: str) -> Competitor:
     )
 
 
-def _our_configs() -> list[type[TunerConfig]]:
-    return [
-        value
+def _our_configs() -> dict[str, type[TunerConfig]]:
+    """By slug, in the order of the catalog."""
+    found = {
+        value.method.replace("_", "-"): value
         for value in vars(adapt).values()
         if isinstance(value, type) and issubclass(value, TunerConfig)
-    ]
+    }
+    return {m.slug: found[m.slug] for m in ready("adapt") if m.slug in found}
 
 
 def _peft_competitor(name: str, method: str, options: dict[str, Any]) -> Competitor:
-    ours = {config.method for config in _our_configs()}
+    ours = {config.method for config in _our_configs().values()}
     kinds = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     kinds = {name: kind for name, kind in kinds.items() if name not in ours}
     if method not in kinds:
