@@ -176,8 +176,13 @@ class MatrixOptimizer(Optimizer):
         if parameter.dtype in (torch.bfloat16, torch.float16):
             if "master" not in state:
                 state["master"] = parameter.detach().float().clone()
-            return _gathered(state["master"])
-        return _gathered(parameter.detach())
+            return self.gathered(state["master"])
+        return self.gathered(parameter.detach())
+
+    @staticmethod
+    def gathered(tensor: Tensor) -> Tensor:
+        """All of a tensor, also where FSDP2 has spread it over processes."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def store(self, parameter: Tensor, value: Tensor) -> None:
         """Write back what `whole` gave, changed."""
@@ -196,7 +201,7 @@ class MatrixOptimizer(Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(grad)
         buffer = state["momentum"].mul_(group["momentum"]).add_(grad)
-        return _gathered(grad + group["momentum"] * buffer if group["nesterov"] else buffer)
+        return self.gathered(grad + group["momentum"] * buffer if group["nesterov"] else buffer)
 
     def adam_direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """m̂ / (√v̂ + ε) in at least float32, shaped and sharded like the parameter."""
@@ -242,7 +247,7 @@ class MatrixOptimizer(Optimizer):
                     mend="Create the embedding with sparse=False.",
                 )
         largest = torch._foreach_norm(list(grads.values()), ord=torch.inf) if grads else []
-        finite = [torch.isfinite(_gathered(size)) for size in largest]
+        finite = [torch.isfinite(self.gathered(size)) for size in largest]
         # One question to each device, not one a parameter.
         devices = {each.device for each in finite}
         if all(bool(torch.stack([e for e in finite if e.device == d]).all()) for d in devices):
@@ -269,7 +274,3 @@ class MatrixOptimizer(Optimizer):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     device = "cpu" if key == "step" else parameter.device
                     self.state[parameter][key] = value.detach().clone().to(device)
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

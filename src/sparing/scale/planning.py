@@ -5,7 +5,7 @@ Planners (HyperP, Muon++, √d decay) make plans; optimizers take their paramete
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ class PlannedParameter:
         init_std: of its entries at initialisation; None to leave them as they are.
         multiplier: of the output of its layer, to be applied by the model; 1 for none.
         options: further options of its group, such as `blocks`.
+        distribution: of the initialisation.
     """
 
     info: ParameterInfo
@@ -37,6 +38,7 @@ class PlannedParameter:
     init_std: float | None = None
     multiplier: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    distribution: Literal["normal", "uniform"] = "normal"
 
     def group_key(self) -> str:
         """Equal for parameters that can share a group."""
@@ -101,14 +103,17 @@ class Plan:
 
     @torch.no_grad()
     def initialize(self, model: nn.Module, seed: int = 0) -> None:
-        """Draw every parameter that has an `init_std` anew, from a normal distribution."""
+        """Draw every parameter that has an `init_std` anew."""
         named = dict(model.named_parameters())
         for number, row in enumerate(self.parameters):
             if row.init_std is None:
                 continue
             parameter = named[row.info.name]
             generator = torch.Generator().manual_seed(seed * 100_003 + number)
-            noise = torch.randn(parameter.shape, generator=generator)
+            if row.distribution == "normal":
+                noise = torch.randn(parameter.shape, generator=generator)
+            else:
+                noise = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * 3**0.5
             parameter.copy_(noise * row.init_std)
 
     def rows(self) -> list[dict[str, Any]]:
