@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/sparing compare smollm2-135m $(DEMO) --out runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/developer
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """Speed and memory of our fine-tuning methods against PEFT's LoRA, in one run.
 
-At equal trainable parameters on SmolLM2-135M: seconds of a training step, peak resident memory of
-a training process, and latency of the merged model, each as a ratio to LoRA. Steps are taken in
-turns, so that all methods see the same machine; memory is measured in one fresh process a method.
+At equal trainable parameters on SmolLM2-135M (or the nearest below that a method has): seconds of
+a training step and of a forward, peak resident memory of a training process, and latency of the
+merged model, each as a ratio to LoRA. Steps are taken in turns, so that all methods see the same
+machine; memory is measured in one fresh process a method. A method whose effect depends on its
+input has no merged model.
 
     python benchmarks/adapt.py --tokens 256 --repeats 9 --out benchmarks/adapt.json
 """
@@ -25,21 +27,28 @@ from torch import nn
 from sparing import pretrained
 from sparing.budget import Budget
 from sparing.checkpoint import write_json
-from sparing.compare.competitors import competitor
+from sparing.compare.competitors import competitor, split_methods
 from sparing.compare.jobs import peak_memory
 from sparing.compare.sizing import MetaModel, solve
+from sparing.errors import ConfigError
 from sparing.reproduce import environment
 from sparing.tuners import Tuner
 
 MODEL = "smollm2-135m"
 # HUT with r = 1, scale and shift; the others come as near as they can (LoRA of rank 2: 99 %).
 PARAMETERS = 616_320
-METHODS = ("lora", "mos", "neuroada", "sara", "hut")
+METHODS = tuple(split_methods("all-adapt"))
+STATIC, ROUTED = 1.05, 1.15  # a step's time over LoRA's
 TARGETS = {
     "mos": {"step": 1.10, "memory": 1.05},
     "neuroada": {"step": 1.10, "memory": 1.00},
     "sara": {"step": 1.10, "memory": 1.00},
     "hut": {"step": 1.15, "memory": 1.05, "forward": 1.00},
+    "ept": {"step": ROUTED},
+    "queryable-lora": {"step": ROUTED},
+    "dopamine": {"step": STATIC},
+    "unified-peft": {"step": STATIC},
+    "bi-adapter": {"step": STATIC},
 }
 
 
@@ -78,9 +87,12 @@ class Arm:
         return _seconds(self.model, self.ids)
 
     @torch.no_grad()
-    def merged(self, base: nn.Module, repeats: int) -> float:
-        """Latency of the merged model over that of the base model; ends the arm."""
-        merged = self.model.merge_and_unload().eval()
+    def merged(self, base: nn.Module, repeats: int) -> float | None:
+        """Latency of the merged model over that of the base model, or None; ends the arm."""
+        try:
+            merged = self.model.merge_and_unload().eval()
+        except ConfigError:  # depends on its input
+            return None
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
             for model, seconds in zip((merged, base), times, strict=True):
@@ -169,7 +181,7 @@ def _paired(one: list[float], other: list[float]) -> float:
 
 
 def _print(rows: dict[str, dict[str, Any]]) -> None:
-    print(f"{'method':10}{'parameters':>12}{'s/step':>8}{'step':>8}{'forward':>9}", end="")
+    print(f"{'method':16}{'parameters':>12}{'s/step':>8}{'step':>8}{'forward':>9}", end="")
     print(f"{'memory':>8}{'merged':>8}  targets missed")
     for method, row in rows.items():
         missed = [
@@ -178,9 +190,9 @@ def _print(rows: dict[str, dict[str, Any]]) -> None:
             if row[name] > limit + 0.005
         ]
         print(
-            f"{method:10}{row['parameters']:>12,}{row['seconds_per_step']:>8.2f}"
-            f"{row['step']:>8.2f}{row['forward']:>9.2f}{row['memory']:>8.2f}{row['merged']:>8.2f}"
-            f"  {', '.join(missed) or 'none'}"
+            f"{method:16}{row['parameters']:>12,}{row['seconds_per_step']:>8.2f}"
+            f"{row['step']:>8.2f}{row['forward']:>9.2f}{row['memory']:>8.2f}"
+            f"{row['merged'] or float('nan'):>8.2f}  {', '.join(missed) or 'none'}"
         )
 
 

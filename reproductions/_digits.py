@@ -4,6 +4,7 @@ The network is trained on scikit-learn's 8x8 digits; the shifted task permutes t
 relabels the classes, so that every layer has to change. Specifications call it "digits transfer".
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -83,13 +84,19 @@ def fit(
     seed: int,
     batch: int = 128,
     warmup: int = 20,
+    weight_decay: float = 0.0,
+    cosine: bool = False,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW without decay, linear warm-up, then linear decay to zero."""
-    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
-    )
+    """AdamW, linear warm-up, then linear decay to zero, or half a cosine."""
+    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay)
+
+    def factor(step: int) -> float:
+        left = (steps - step) / max(1, steps - warmup)
+        falling = (1 - math.cos(math.pi * min(1.0, left))) / 2 if cosine else left
+        return min((step + 1) / warmup, falling)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(1, steps + 1):

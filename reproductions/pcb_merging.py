@@ -8,19 +8,18 @@ data-free merges are within noise of each other, and no order is asserted.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from statistics import mean
 from typing import Any
 
 import _digits
 import torch
+from _in_memory import in_memory
 from torch import Tensor
 
-from sparing.merge import METHODS
 from sparing.merge.memory import InMemory
 from sparing.merge.pcb_merging import PCBOptions, survey, weigh
-from sparing.merge.view import Block
 from sparing.reproduce import Check, Claim, Evidence, verdict_of
 
 CLAIM = Claim(
@@ -85,22 +84,6 @@ def remaining_loss(merged: Tensor, optima: Tensor, curvatures: Tensor) -> float:
     """Mean over tasks of L_i(θ) / L_i(0)."""
     loss = (curvatures * (merged - optima).square()).sum(1)
     return (loss / (curvatures * optima.square()).sum(1)).mean().item()
-
-
-def in_memory(
-    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], slug: str, options: dict
-) -> dict[str, Tensor]:
-    """Merge state dicts with any method."""
-    method = METHODS[slug]
-    chosen = method.options.of(slug, options)
-    models = InMemory(base, experts)
-    known = method.survey(models.view, chosen) if method.survey else None
-
-    def update(name: str) -> Tensor:
-        block = Block(name, 0, models.view.sizes[name])
-        return method.update(models.view.read(block)[1], chosen, known, block)
-
-    return models.with_update(update)
 
 
 def best_merge(optima: Tensor, curvatures: Tensor, arm: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sparing import checkpoint
 from sparing.checkpoint import UnwritableError, atomic_path, read_json, write_json
 from sparing.errors import CheckpointError
 
@@ -82,10 +83,29 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(checkpoint, "_swap", lambda first, second: False)
     with pytest.raises(UnwritableError, match="folder"), atomic_path(target) as fresh:
         fresh.mkdir()
     assert names(target) == ["old"]
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two renames elsewhere")
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").touch()
+    seen: list[bool] = []
+    rename = Path.rename
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (seen.append(target.is_dir()), rename(path, to))[1]
+    )
+    with atomic_path(target) as fresh:
+        fresh.mkdir()
+        (fresh / "new").touch()
+    assert names(target) == ["new"]
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.parametrize("at", [(os, "fsync"), (tempfile, "mkdtemp")])
@@ -114,6 +134,7 @@ def test_a_file_that_the_system_cuts_off_is_an_unwritable_one(tmp_path: Path, wr
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
+from sparing import checkpoint
 from sparing.checkpoint import UnwritableError, atomic_path
 try:
     with atomic_path(Path(sys.argv[1])) as fresh:

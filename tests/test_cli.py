@@ -108,7 +108,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown data": (["--data", "python-topic"], "Did you mean python-topics"),
     "unknown method": (["--methods", "lora,neuroda"], "Did you mean neuroada"),
     "unknown PEFT method": (["--methods", "peft:lara"], "Did you mean lora"),
-    "planned method": (["--methods", "dopamine"], "a method that is planned"),
+    "planned method": (["--methods", "switch-nerf-pp"], "a method that is planned"),
     "repeated method": (["--methods", "lora,lora"], "more than once"),
     "unknown option": (["--methods", 'mos{"rr":2}'], "Did you mean r"),
     "options that are no JSON": (["--methods", "mos{r:2}"], "options as JSON"),

@@ -1,11 +1,18 @@
-"""Blocks and feed-forward networks are found in every common architecture."""
+"""Blocks, attentions and feed-forward networks are found in every common architecture."""
 
 import pytest
 import transformers
 from torch import nn
 
 from sparing.errors import ConfigError
-from sparing.surgery import block_names, block_of, feed_forwards, widths
+from sparing.surgery import (
+    Projection,
+    attentions,
+    block_names,
+    block_of,
+    feed_forwards,
+    widths,
+)
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 FFN = {"intermediate_size": 24}
@@ -86,3 +93,77 @@ def test_eleven_blocks_are_not_confused_with_one():
 def test_a_model_without_feed_forward_networks_is_refused():
     with pytest.raises(ConfigError, match="feed-forward"):
         feed_forwards(nn.Sequential(nn.Linear(4, 4)))
+
+
+ATTENTIONS = {
+    # kind: (roles, module, query and output of the last one)
+    "llama": ({"self"}, "layers.1.self_attn", "layers.1.self_attn.q_proj", "o_proj"),
+    "gpt2": ({"self"}, "h.1.attn", "h.1.attn.c_attn", "c_proj"),
+    "bert": (
+        {"encoder-self"},
+        "encoder.layer.1.attention.self",
+        "encoder.layer.1.attention.self.query",
+        "attention.output.dense",
+    ),
+    "vit": ({"self"}, "layers.1.attention", "layers.1.attention.q_proj", "o_proj"),
+    "bart": (
+        {"encoder-self", "decoder-self", "decoder-cross"},
+        "decoder.layers.1.encoder_attn",
+        "decoder.layers.1.encoder_attn.q_proj",
+        "out_proj",
+    ),
+    "t5": (
+        {"encoder-self", "decoder-self", "decoder-cross"},
+        "decoder.block.1.layer.1.EncDecAttention",
+        "decoder.block.1.layer.1.EncDecAttention.q",
+        "EncDecAttention.o",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ATTENTIONS))
+def test_the_attentions_of_a_model(kind):
+    roles, module, query, output = ATTENTIONS[kind]
+    model = transformers.AutoModel.from_config(MODELS[kind][0])
+    found = attentions(model)
+    assert len(found) == (6 if kind in ("bart", "t5") else 2)
+    assert {attention.role for attention in found} == roles
+    last = found[-1]
+    assert (last.module, last.query.layer) == (module, query)
+    assert last.output.endswith(output)
+    assert (last.width, last.num_heads, last.head_dim) == (16, 2, 8)
+    assert last.num_kv_heads == (1 if kind == "llama" else 2)
+
+
+def test_fused_projections_lie_side_by_side():
+    model = transformers.AutoModel.from_config(MODELS["gpt2"][0])
+    attention = attentions(model)[0]
+    fused = "h.0.attn.c_attn"
+    assert attention.query == Projection(fused, 0, 16)
+    assert attention.key == Projection(fused, 16, 32)
+    assert attention.value == Projection(fused, 32, 48)
+    assert attention.value.width == 16
+
+
+def test_fused_projections_of_grouped_queries_have_narrower_keys():
+    config = transformers.Phi3Config(
+        **SMALL, **FFN, num_key_value_heads=1, vocab_size=8, pad_token_id=0
+    )
+    attention = attentions(transformers.AutoModel.from_config(config))[0]
+    assert (attention.query.stop, attention.key.stop, attention.value.stop) == (16, 24, 32)
+    assert (attention.num_heads, attention.num_kv_heads) == (2, 1)
+
+
+def test_cross_attention_of_gpt2_reads_the_query_elsewhere():
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, vocab_size=8, add_cross_attention=True
+    )
+    _, cross = attentions(transformers.AutoModel.from_config(config))
+    assert cross.role == "cross"
+    assert cross.query == Projection("h.0.crossattention.q_attn", 0, 16)
+    assert cross.key == Projection("h.0.crossattention.c_attn", 0, 16)
+
+
+def test_a_model_without_attention_is_refused_with_the_known_names():
+    with pytest.raises(ConfigError, match="Known names: q_proj"):
+        attentions(nn.Sequential(nn.Linear(4, 4)))

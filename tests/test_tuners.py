@@ -197,6 +197,14 @@ def test_importing_sparing_makes_peft_know_our_methods(first):
     assert done.stdout.strip() == "MOS", done.stderr
 
 
+def test_asking_where_peft_is_does_not_keep_our_methods_from_it():
+    """As transformers does when it loads a model."""
+    code = "import sparing; from importlib.util import find_spec; find_spec('peft'); "
+    code += "from peft import PeftType; print(PeftType('MOS').value)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "MOS", done.stderr
+
+
 @pytest.mark.parametrize("module", ["sparing.tuners", "sparing.adapt", "sparing.adapt.mos"])
 def test_every_module_can_be_imported_first(module):
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)

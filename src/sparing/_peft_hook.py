@@ -18,20 +18,28 @@ def install() -> None:
 
 
 class _PeftFinder(MetaPathFinder):
-    """Waits for the first `import peft`, then steps aside."""
+    """Waits for the first `import peft`, then steps aside.
+
+    Being asked where PEFT is (`importlib.util.find_spec`, as transformers does) is no import yet.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        sys.meta_path.remove(self)  # lest it asks itself
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return None
         run_peft = spec.loader.exec_module
 
         def run_peft_then_register(module: ModuleType) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             run_peft(module)
             if "sparing.tuners" not in sys.modules:  # else that module, half loaded, asked for PEFT
                 importlib.import_module("sparing.adapt")

@@ -1,5 +1,6 @@
 """Files that are never half-written, and errors that say what is wrong with a damaged one."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -59,9 +60,26 @@ def put_in_place(fresh: Path, target: Path, *, aside: Path) -> None:
         OSError: as the file system says.
     """
     _flush(fresh)
+    if target.is_dir() and _swap(fresh, target):
+        fresh.rename(aside)
+        return
     if target.is_dir():
         target.rename(aside)
     fresh.replace(target)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, so that a kill never finds either gone.
+
+    Returns:
+        False where the system or the file system cannot do that.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux, which alone has the function
+    paths = os.fsencode(first), os.fsencode(second)
+    return rename(here, paths[0], here, paths[1], exchange) == 0
 
 
 def write_json(target: Path, content: Any) -> None:

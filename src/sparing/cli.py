@@ -8,6 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sparing.cli_modes import app as modes
+from sparing.cli_queryable import app as queryable
+from sparing.cli_route import app as route
+from sparing.cli_search import search
 from sparing.errors import ConfigError, SparingError
 
 app = typer.Typer(
@@ -15,6 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make neural networks do more with the parameters they have.",
 )
+app.add_typer(route, name="route")
+app.add_typer(queryable, name="queryable")
+app.add_typer(modes, name="modes")
+app.command()(search)
 console = Console()
 
 ModelArgument = Annotated[
@@ -221,14 +229,20 @@ def reproduce(
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Option(help="Hub id, folder, safetensors file or built-in name.")],
     expert: Annotated[
         list[str], typer.Option(help="A fine-tune of the base, or an adapter; once for each.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id, folder, safetensors file or built-in name.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the merged model.")] = None,
     method: Annotated[
-        str, typer.Option(help="average, task-arithmetic, ties, dare or pcb-merging.")
+        str, typer.Option(help="average, task-arithmetic, ties, dare, pcb-merging or made-it.")
     ] = "pcb-merging",
+    bank: Annotated[
+        Path | None,
+        typer.Option("--continue", help="Bank of made-it that the experts arrive in, in order."),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Option of the method: name=value, as JSON.")
     ] = None,
@@ -252,37 +266,56 @@ def merge(
     ] = None,
     hash_inputs: Annotated[bool, typer.Option(help="Record SHA-256 of the inputs.")] = True,
 ) -> None:
-    """Merge fine-tunes of one base into one model, in the memory of a few tensors."""
+    """Merge fine-tunes of one base into one model, in the memory of a few tensors.
+
+    Give --base and --out for a new model, or --continue for a bank of experts that made-it began:
+    its options stay as they were.
+    """
     _quiet_libraries()
+    from sparing.merge import continue_merge
     from sparing.merge import merge as run
     from sparing.merge.progress import Live
 
     with Live(console) as live:
-        folder = run(
-            base,
-            expert,
-            method,
-            out,
-            resume=resume,
-            threads=threads,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            device=device,
-            on_mismatch=on_mismatch,  # type: ignore[arg-type]
-            vocabulary=vocabulary,  # type: ignore[arg-type]
-            per_task=per_task or [],
-            hash_inputs=hash_inputs,
-            progress=live,
-            **_options(option or []),
-        )
+        if bank is not None:
+            _require_none("--continue", out=out, option=option, dtype=dtype, per_task=per_task)
+            folder = continue_merge(
+                bank, expert, base=base, threads=threads, device=device, progress=live
+            )
+        else:
+            folder = run(
+                _given(base, "--base", "the model that the experts were fine-tuned from"),
+                expert,
+                method,
+                _given(out, "--out", "a folder for the merged model"),
+                resume=resume,
+                threads=threads,
+                max_shard_size=max_shard_size,
+                dtype=dtype,
+                device=device,
+                on_mismatch=on_mismatch,  # type: ignore[arg-type]
+                vocabulary=vocabulary,  # type: ignore[arg-type]
+                per_task=per_task or [],
+                hash_inputs=hash_inputs,
+                progress=live,
+                **_options(option or []),
+            )
     console.print(f"merged model: {folder}", soft_wrap=True, highlight=False)
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Run folder with a results.json.")],
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a bank of made-it.")],
 ) -> None:
-    """Draw the report of a finished comparison again, and print its table."""
+    """Draw the report of a finished comparison again, and print its table; or describe a bank."""
+    from sparing.merge.ledger import LEDGER
+
+    if (folder / LEDGER).is_file():
+        from sparing.merge.bank_report import bank_report
+        from sparing.merge.ledger import Ledger
+
+        console.print(str(bank_report(Ledger.load(folder))), soft_wrap=True, highlight=False)
+        return
     from sparing.compare.results import Results
     from sparing.report import render_table, write_report
 
@@ -290,6 +323,25 @@ def report(
     write_report(results, folder)
     console.print(render_table(results, console.width))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _given(value: Any, name: str, expected: str) -> Any:
+    if value is None:
+        raise ConfigError(name, expected=expected, found="nothing", mend=f"Give {name}.")
+    return value
+
+
+def _require_none(where: str, **options: Any) -> None:
+    """Options that a bank has for good cannot be given again."""
+    for name, value in options.items():
+        if value is not None:
+            name = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                name,
+                expected=f"nothing beside {where}: the bank keeps what it was begun with",
+                found=repr(value),
+                mend="Leave it out, or begin a new bank.",
+            )
 
 
 def _targets(text: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparing.errors import ConfigError
@@ -33,6 +34,17 @@ class ForwardPass:
         self.notes: dict[Hashable, Any] = {}
         self.losses: list[Tensor] = []
         self.replaying = False
+
+    def real_tokens(self, shape: torch.Size) -> Tensor | None:
+        """Which tokens are no padding, (batch, tokens) bool, if the call's mask says so.
+
+        Arguments:
+            shape: of what is to be masked, (batch, tokens, width); other shapes have no such axis.
+        """
+        mask = self.attention_mask
+        if mask is None or mask.dim() != 2 or len(shape) != 3 or mask.shape[1] < shape[1]:
+            return None
+        return mask[:, -shape[1] :].bool()
 
     def leave(self, key: Hashable, value: Any) -> None:
         """Leave a note. A replayed block changes nothing: later blocks have read the first."""
@@ -73,6 +85,14 @@ class Passes:
             return ForwardPass()
         self._last.replaying = True
         return self._last
+
+    @property
+    def running(self) -> ForwardPass | None:
+        """The pass under way, or in its backward, where blocks are replayed, that one; else None,
+        as in a call of a part of the model."""
+        if self._open is not None:  # asked first, as torch.compile cannot trace what follows
+            return self._open
+        return self.current if torch._C._current_graph_task_id() != -1 else None
 
     def auxiliary_loss(self) -> Tensor | None:
         """The sum of the losses that the layers added in the last forward, or None."""

@@ -156,9 +156,11 @@ class LayerAdapter(nn.Module, ABC):
 
     Attributes:
         mergeable: whether the effect is a fixed change of weight and bias.
+        instead_of_merging: what to do if it is not.
     """
 
     mergeable: ClassVar[bool] = True
+    instead_of_merging: ClassVar[str] = "Keep the adapter as it is; it cannot be merged."
 
     @abstractmethod
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
@@ -363,6 +365,7 @@ class ModuleAdapter(nn.Module, ABC):
     """
 
     mergeable: ClassVar[bool] = False
+    instead_of_merging: ClassVar[str] = LayerAdapter.instead_of_merging
 
     @abstractmethod
     def forward(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -394,12 +397,12 @@ class AdaptedModule(TunerLayer):
         return False
 
 
-def _unmergeable(name: str, adapter: nn.Module) -> ConfigError:
+def _unmergeable(name: str, adapter: LayerAdapter | ModuleAdapter) -> ConfigError:
     return ConfigError(
         f"adapter {name!r}",
         expected="a change of the weights that is the same for every input",
         found=f"{type(adapter).__name__}, which depends on its input",
-        mend="Keep the adapter as it is; it cannot be merged.",
+        mend=adapter.instead_of_merging,
     )
 
 
@@ -550,7 +553,8 @@ class Tuner(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if next(child.parameters(), None) is None:  # PEFT looks for the device of its weight
+        # PEFT looks for the weight of what is wrapped or unwrapped; some modules have none.
+        if isinstance(child, AdaptedModule) or next(child.parameters(), None) is None:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -31,11 +31,29 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "neuroada": {"k": 2},
     "sara": {"n_params": 400},
     "hut": {"r": 2},
+    "bi_adapter": {"kind": "lora", "h": 3, "dropout": 0.0},
+    "dopamine": {},
+    "queryable_lora": {"r": 3, "num_atoms": 4, "d_query": 8, "block_size": 1},
+    "phatgoose": {"r": 2},
+    "unified_peft": {
+        "attn": {"form": "prefix", "bottleneck": 3},
+        "ffn": {"form": "lora", "bottleneck": 2},
+        "prefix_mlp_dim": None,
+    },
+    "ept": {"r": 2, "kernel_sizes": [2, 3], "seed_scale": 0.3},
 }
 # Promises that a method's own mathematics rules out, each with its reason.
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "starts as the identity": {},
-    "saves exactly what it trains": {},
+    "starts as the identity": {
+        "bi_adapter": "a matrix of zeros has no signs, so it starts near the identity",
+        "unified_peft": "a prefix takes its share of the attention, whatever its vectors are",
+    },
+    "saves exactly what it trains": {
+        "bi_adapter": "it trains float32 numbers and saves their codes",
+    },
+    "the loss of an untrained network falls": {
+        "dopamine": "it scales frozen neurons, which there add next to nothing; see its own test",
+    },
 }
 
 
@@ -236,6 +254,7 @@ def test_generate_with_a_cache_equals_generate_without(method):
 
 
 def test_trainer_trains_it_and_the_loss_falls(method, tmp_path):
+    unless_excepted("the loss of an untrained network falls", method)
     model = adapted(small_llama(), method)
     ids = token_ids(rows=16)
     items = [{"input_ids": row, "labels": row} for row in ids]

@@ -9,7 +9,8 @@ from _results import crowded_results, fake_results, hostile_results
 from sparing.compare.results import Results
 from sparing.errors import MissingExtraError
 from sparing.report import _extras, write_figures
-from sparing.report.figures import _DPI, pareto_figure
+from sparing.report.canvas import DPI
+from sparing.report.figures import pareto_figure
 from sparing.report.pareto import COSTS
 
 NAMES = {
@@ -42,7 +43,7 @@ def test_every_figure_opens_and_is_not_blank(results: Results, tmp_path: Path) -
 
 def test_names_do_not_cover_one_another() -> None:
     figure = pareto_figure(fake_results(), COSTS[0])
-    figure.savefig("/dev/null", format="png", dpi=_DPI)
+    figure.savefig("/dev/null", format="png", dpi=DPI)
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text() != ""]
     assert {"mos", "neuroada", "hut", "lora (reference)"} <= {t.get_text() for t in axes.texts}

@@ -1,26 +1,12 @@
 """What a merged folder says of itself: a record for programs and a model card for people."""
 
-import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe")
 _NOT_COPIED = ("merge.json", "adapter_config.json", "trainer_state.json")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file; the hub's cache names its files by it, so these need not be read."""
-    if path.is_symlink() and _SHA256.fullmatch(path.resolve().name):
-        return path.resolve().name
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -87,6 +87,21 @@ class Expert(ABC):
             CheckpointError: NaN or infinity.
         """
 
+    def factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A task vector as a product of two matrices, if that is how it is stored.
+
+        Arguments:
+            name: of the tensor, the expert's own.
+            like: a tensor of the device and the type to compute in.
+
+        Returns:
+            (rows, m) and (m, columns) of a tensor of (rows, columns), or None.
+
+        Raises:
+            CheckpointError: NaN or infinity.
+        """
+        return None
+
 
 class FullExpert(Expert):
     """A whole model; the task vector is what it has more than the base.
@@ -204,13 +219,22 @@ class LoraExpert(Expert):
 
     def _product(self, name: str, start: int, stop: int, like: Tensor) -> Tensor:
         """Numbers of B A times its scale, from the rows that hold them."""
-        first, second = self._factors[name]
-        a, b = self._factor(first, like).flatten(1), self._factor(second, like).flatten(1)
-        left, right = (a.t(), b.t()) if self._transposed[name] else (b, a)
+        left, right = self._sides(name, like)
         width = right.shape[1]
         top = start // width
         rows = left[top : -(-stop // width)] @ right
         return rows.flatten()[start - top * width : stop - top * width].mul_(self._scale[name])
+
+    def factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        if name in self._replaced:
+            return None
+        left, right = self._sides(name, like)
+        return left * self._scale[name], right
+
+    def _sides(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self._factors[name]
+        a, b = self._factor(first, like).flatten(1), self._factor(second, like).flatten(1)
+        return (a.t(), b.t()) if self._transposed[name] else (b, a)
 
     def _factor(self, key: str, like: Tensor) -> Tensor:
         values = self.checkpoint.read(key).to(like.device, like.dtype)

@@ -1,15 +1,10 @@
 """Merge models of any size in the memory of a few blocks of numbers."""
 
 import copy
-import os
-import shutil
 import warnings
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,46 +13,25 @@ from torch import Tensor
 
 import sparing
 from sparing.checkpoint import read_json, write_json
-from sparing.errors import CheckpointError, ConfigError, near_matches
-from sparing.merge import average, dare, pcb_merging, task_arithmetic, ties
-from sparing.merge.card import card, changed_config, sha256, side_files
-from sparing.merge.experts import Expert, locate, open_expert, require_finite, shared_files
-from sparing.merge.method import Method
+from sparing.errors import ConfigError, near_matches
+from sparing.merge import average, dare, made_it, pcb_merging, task_arithmetic, ties
+from sparing.merge.bank_job import Machine, Settings
+from sparing.merge.card import card
+from sparing.merge.continual import begin, default_threads
+from sparing.merge.digests import Digests
+from sparing.merge.experts import Expert, locate, open_expert, shared_files
+from sparing.merge.method import Continual, Method
 from sparing.merge.plan import OnMismatch, Plan, Planner, Vocabulary
-from sparing.merge.view import (
-    BLOCK_SIZE,
-    Block,
-    Progress,
-    Silent,
-    View,
-    one_torch_thread,
-    ordered_map,
-)
-from sparing.merge.workspace import RECORD, Workspace, open_workspace
-from sparing.shards import (
-    INDEX,
-    Checkpoint,
-    Shard,
-    ShardWriter,
-    TensorInfo,
-    index_of,
-    parse_size,
-    pieces,
-    plan_shards,
-)
+from sparing.merge.reader import DTYPES, Reader, arithmetic_of, warn_of_strangers
+from sparing.merge.view import BLOCK_SIZE, Block, Progress, Silent, View, one_torch_thread
+from sparing.merge.workspace import RECORD, check_places, open_workspace
+from sparing.merge.writing import write_shards, write_side_files, write_tasks
+from sparing.shards import Checkpoint, parse_size, plan_shards
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method | Continual] = {
     module.METHOD.slug: module.METHOD
-    for module in (average, task_arithmetic, ties, dare, pcb_merging)
+    for module in (average, task_arithmetic, ties, dare, pcb_merging, made_it)
 }
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_MOST_THREADS = 8
-_SAMPLE = 4096  # numbers that tell a fine-tune from another model
 
 
 def merge(
@@ -89,8 +63,8 @@ def merge(
         base: a folder, a safetensors file, a hub id or a built-in name.
         experts: the same, or folders of PEFT adapters.
         method: one of `METHODS`.
-        out: folder for the result, which `from_pretrained` loads; replaced at the very end, and
-            only if it is new or was written by a merge.
+        out: folder for the result, which `from_pretrained` loads (of `MadeItModel` for "made-it");
+            replaced at the very end, and only if it is new or was written by a merge.
         resume: keep the finished shards of an interrupted run of the same merge.
         threads: that read, compute and write at a time; None is one a core, at most 8.
         max_shard_size: of the files, as bytes or text.
@@ -122,10 +96,15 @@ def merge(
     _check_words(dtype, arithmetic, on_mismatch, vocabulary)
     _check_counts(threads, block_size)
     _check_device(device)
-    threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
+    threads = threads or default_threads()
     most_bytes = parse_size(max_shard_size)
     target, folder = Path(out).expanduser().absolute(), locate(base)
     progress = progress or Silent()
+    if isinstance(chosen, Continual):
+        _check_continual(vocabulary, hash_inputs)
+        kept = Settings(dtype, arithmetic, on_mismatch, tuple(per_task), most_bytes)
+        machine = Machine(threads, block_size, device, progress)
+        return begin(base, experts, target, typed, kept, machine, resume=resume)
     with ExitStack() as stack:
         stack.enter_context(one_torch_thread())
         model = stack.enter_context(Checkpoint(folder))
@@ -133,17 +112,17 @@ def merge(
         for name in experts:
             opened.append(open_expert(name, model, folder))
             stack.callback(opened[-1].close)
-        _check_places(target, folder, opened)
+        check_places(target, [folder, *(expert.path for expert in opened)])
         _warn_of_twins(opened)
         plan = Planner(
             model,
             opened,
-            dtype=_DTYPES[dtype] if dtype else None,
+            dtype=DTYPES[dtype] if dtype else None,
             on_mismatch=on_mismatch,
             vocabulary=vocabulary,
             per_task=per_task,
         ).plan()
-        reader = _Reader(model, opened, plan, _arithmetic(arithmetic, model, opened), device)
+        reader = Reader(model, opened, plan, arithmetic_of(arithmetic, model, opened), device)
         view = View(
             reader.sizes,
             len(opened),
@@ -164,9 +143,9 @@ def merge(
         job = copy.deepcopy(record) | {"block_size": block_size, "inputs": _stamps(model, opened)}
         if resume and (target / RECORD).is_file() and read_json(target / RECORD)["job"] == job:
             return target
-        _warn_of_strangers(reader, opened)
+        warn_of_strangers(reader, opened)
         work = stack.enter_context(open_workspace(target, job, resume=resume))
-        digests = stack.enter_context(_Digests(hash_inputs, [model.files, *_files(opened)]))
+        digests = stack.enter_context(Digests(hash_inputs, [model.files, *_files(opened)]))
         known = chosen.survey(view, typed) if chosen.survey else None
 
         def value(block: Block) -> Tensor:
@@ -176,9 +155,9 @@ def merge(
             return weights + chosen.update(deltas, typed, known, block)
 
         shards = plan_shards({name: p.info for name, p in plan.tensors.items()}, most_bytes)
-        _write_shards(work, shards, value, view)
-        _write_tasks(work, model, opened, per_task, view)
-        _write_side_files(work, folder, model.config, dtype, plan.vocabulary, shards)
+        write_shards(work, shards, value, view)
+        write_tasks(work.model, model, opened, per_task, view)
+        write_side_files(work.model, folder, model.config, dtype, plan.vocabulary, shards)
         for source, found in zip(
             (record["base"], *record["experts"]), digests.results(), strict=True
         ):
@@ -189,7 +168,7 @@ def merge(
     return target
 
 
-def _method(slug: str, options: dict[str, Any], experts: int) -> tuple[Method, Any]:
+def _method(slug: str, options: dict[str, Any], experts: int) -> tuple[Method | Continual, Any]:
     if slug not in METHODS:
         raise ConfigError(
             "method",
@@ -208,7 +187,7 @@ def _method(slug: str, options: dict[str, Any], experts: int) -> tuple[Method, A
 
 def _check_words(dtype: str | None, arithmetic: str, on_mismatch: str, vocabulary: str) -> None:
     for name, given, allowed in (
-        ("dtype", dtype, (None, *_DTYPES)),
+        ("dtype", dtype, (None, *DTYPES)),
         ("arithmetic", arithmetic, ("auto", "float32", "float64")),
         ("on_mismatch", on_mismatch, ("error", "skip")),
         ("vocabulary", vocabulary, ("error", "base", "crop")),
@@ -228,6 +207,23 @@ def _check_counts(threads: int | None, block_size: int) -> None:
             raise ConfigError(name, expected="at least 1", found=repr(number), mend="Leave it out.")
 
 
+def _check_continual(vocabulary: str, hash_inputs: bool) -> None:
+    if vocabulary != "error":
+        raise ConfigError(
+            "vocabulary",
+            expected="error: a bank keeps the base's vocabulary",
+            found=repr(vocabulary),
+            mend="Leave it out, and give fine-tunes with the base's vocabulary.",
+        )
+    if not hash_inputs:
+        raise ConfigError(
+            "hash_inputs",
+            expected="true: a bank knows its base and its experts by their hashes",
+            found="false",
+            mend="Leave it out.",
+        )
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
@@ -240,94 +236,9 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _check_places(target: Path, folder: Path, experts: Sequence[Expert]) -> None:
-    for path in (folder, *(expert.path for expert in experts)):
-        place = path if path.is_dir() else path.parent
-        if target.resolve() in (place.resolve(), *place.resolve().parents):
-            raise ConfigError(
-                f"out {target}",
-                expected="a folder of its own",
-                found=f"one that holds the input {path}",
-                mend="Choose another folder.",
-            )
-
-
 def _warn_of_twins(experts: Sequence[Expert]) -> None:
     for first, second in shared_files(experts):
         warnings.warn(f"{first} and {second} are the same files: they vote twice.", stacklevel=3)
-
-
-def _arithmetic(choice: str, base: Checkpoint, experts: Sequence[Expert]) -> torch.dtype:
-    if choice != "auto":
-        return _DTYPES[choice]
-    infos = list(base.tensors.values())
-    for expert in experts:
-        checkpoint = getattr(expert, "checkpoint", None)
-        if expert.complete and checkpoint is not None:
-            infos += checkpoint.tensors.values()
-    precise = any(info.dtype in (torch.float32, torch.float64) for info in infos)
-    return torch.float64 if precise else torch.float32
-
-
-class _Reader:
-    """Reads blocks of the base and of all task vectors.
-
-    Attributes:
-        sizes: of the tensors to be merged.
-        dtype: of all that is read.
-    """
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        experts: Sequence[Expert],
-        plan: Plan,
-        dtype: torch.dtype,
-        device: str,
-    ) -> None:
-        self._base, self._experts, self._plan = base, experts, plan
-        self.dtype, self._device = dtype, device
-        self.sizes = {n: p.info.numel for n, p in plan.tensors.items() if p.merged}
-        self._shapes = [expert.shapes for expert in experts]
-        if not any(self.sizes.values()):
-            raise CheckpointError(
-                "experts",
-                expected="tensors that they share with the base",
-                found="nothing to merge",
-                mend="Check that the experts are fine-tunes of the base.",
-            )
-
-    def read(self, block: Block) -> tuple[Tensor, list[Tensor]]:
-        """The base's numbers, and every expert's task vector."""
-        name, start, stop = block.tensor, block.start, block.stop
-        weights = self._base.read(name, start, stop).to(self._device, self.dtype)
-        require_finite(weights, str(self._base.file(name)), name)
-        deltas = []
-        for place, (expert, source) in enumerate(
-            zip(self._experts, self._plan.tensors[name].sources, strict=True)
-        ):
-            delta = torch.zeros_like(weights)
-            if source is not None:
-                has = TensorInfo(self.dtype, self._shapes[place][source]).numel
-                end = max(start, min(stop, has))  # its vocabulary may be shorter
-                if end > start:
-                    found = expert.delta(source, start, end, weights[: end - start])
-                    delta = found if end == stop else torch.cat((found, delta[end - start :]))
-            deltas.append(delta)
-        return weights, deltas
-
-
-def _warn_of_strangers(reader: _Reader, experts: Sequence[Expert]) -> None:
-    """A fine-tune is near its base; a model that is farther than 0 is from another one."""
-    name = max(reader.sizes, key=lambda n: reader.sizes[n])
-    weights, deltas = reader.read(Block(name, 0, min(reader.sizes[name], _SAMPLE)))
-    for expert, delta in zip(experts, deltas, strict=True):
-        if delta.norm() > weights.norm() > 0:
-            warnings.warn(
-                f"{expert.label} is farther from the base than the base from 0 in {name!r}: it is "
-                "hardly a fine-tune of this base.",
-                stacklevel=3,
-            )
 
 
 def _files(experts: Sequence[Expert]) -> list[list[Path]]:
@@ -364,117 +275,3 @@ def _record(
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-
-class _Digests:
-    """Hashes the input files in a thread of its own while the merge goes on."""
-
-    def __init__(self, wanted: bool, groups: Sequence[Sequence[Path]]) -> None:
-        self._wanted, self._groups = wanted, groups
-        self._pool = ThreadPoolExecutor(1)
-        files = dict.fromkeys(file for group in groups for file in group) if wanted else {}
-        self._found = {file: self._pool.submit(sha256, file) for file in files}
-
-    def __enter__(self) -> "_Digests":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def results(self) -> list[dict[str, str | None]]:
-        """For every group, digests by the names of the files."""
-        return [
-            {file.name: self._found[file].result() if self._wanted else None for file in group}
-            for group in self._groups
-        ]
-
-
-def _write_shards(
-    work: Workspace, shards: Sequence[Shard], value: Callable[[Block], Tensor], view: View
-) -> None:
-    view.progress.stage("writing", sum(i.numel for s in shards for i in s.tensors.values()))
-    for shard in shards:
-        if work.finished(shard, view.threads):
-            view.progress.advance(sum(info.numel for info in shard.tensors.values()))
-            continue
-        work.finish(shard, _write_shard(work.partial(shard), shard, value, view))
-
-
-def _write_shard(
-    path: Path, shard: Shard, value: Callable[[Block], Tensor], view: View
-) -> list[tuple[Block, int]]:
-    """Returns:
-    Every block that was written, with its checksum.
-    """
-    writer = ShardWriter(path, shard)
-    blocks = (
-        Block(name, start, stop)
-        for name, info in shard.tensors.items()
-        for start, stop in pieces(info.numel, view.block_size)
-    )
-
-    def write(block: Block) -> tuple[Block, int]:
-        result = value(block).to("cpu", shard.tensors[block.tensor].dtype)
-        if result.is_floating_point():
-            require_finite(result, "the result", block.tensor)
-        return block, zlib.crc32(writer.write(block.tensor, block.start, result))
-
-    written = []
-    try:
-        for done in ordered_map(write, blocks, view.threads):
-            view.progress.advance(done[0].size)
-            written.append(done)
-    finally:
-        writer.close()
-    return written
-
-
-def _write_tasks(
-    work: Workspace,
-    base: Checkpoint,
-    experts: Sequence[Expert],
-    patterns: Sequence[str],
-    view: View,
-) -> None:
-    """Keep each expert's own tensors that were not merged."""
-    for number, expert in enumerate(experts):
-        names = [n for n in expert.shapes if any(fnmatchcase(n, pattern) for pattern in patterns)]
-        if not names:
-            continue
-        stored = getattr(expert, "checkpoint", None)
-        infos = {}
-        for name in names:
-            own = stored.tensors.get(name) if stored is not None else None
-            infos[name] = own or TensorInfo(base.tensors[name].dtype, expert.shapes[name])
-        shard = Shard(f"{number}-{_word(expert.label)}.safetensors", infos)
-        (work.model / "tasks").mkdir(exist_ok=True)
-
-        def value(block: Block, of: Expert = expert, held: Checkpoint | None = stored) -> Tensor:
-            place = (block.tensor, block.start, block.stop)
-            if held is not None and block.tensor in held.tensors:
-                return held.read(*place)
-            weights = base.read(*place).float()
-            return weights + of.delta(*place, weights)
-
-        _write_shard(work.model / "tasks" / shard.name, shard, value, view)
-
-
-def _word(label: str) -> str:
-    name = Path(label).name
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
-
-
-def _write_side_files(
-    work: Workspace,
-    folder: Path,
-    config: dict[str, Any] | None,
-    dtype: str | None,
-    rows: int | None,
-    shards: Sequence[Shard],
-) -> None:
-    for file in side_files(folder):
-        shutil.copyfile(file, work.model / file.name)
-    if config is not None and (dtype is not None or rows is not None):
-        write_json(work.model / "config.json", changed_config(config, dtype, rows))
-    if len(shards) > 1:
-        write_json(work.model / INDEX, index_of(shards))

@@ -122,6 +122,21 @@ class Method:
     survey: Callable[[View, Any], Any] | None = None
 
 
+@dataclass(frozen=True)
+class Continual:
+    """A way to merge one expert after another into a bank that stays open; see `continual`.
+
+    Arguments:
+        slug: its public name.
+        paper: where it comes from.
+        options: class of its options.
+    """
+
+    slug: str
+    paper: str
+    options: type[Any]
+
+
 def groups(view: View, scope: Scope) -> list[tuple[str, ...]]:
     """The tensors that share a statistic: all of them, or each alone."""
     names = tuple(name for name, size in view.sizes.items() if size)

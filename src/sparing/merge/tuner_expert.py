@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparing.errors import CheckpointError, SparingError
 from sparing.merge.experts import Expert, base_name, require_finite
+from sparing.merge.skeleton import skeleton
 from sparing.shards import Checkpoint
 
 _ADAPTER = "expert"
@@ -63,19 +64,8 @@ class TunerExpert(Expert):
 
     def _load(self, folder: Path) -> nn.Module:
         import peft
-        import transformers
 
-        config = transformers.AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or ["?"])[0], None)
-        if kind is None:
-            raise CheckpointError(
-                f"base of adapter {self.label}",
-                expected="a config.json that names a class of transformers",
-                found=repr(config.architectures),
-                mend="Merge the adapter into its base yourself and give the whole model.",
-            )
-        with torch.device("meta"):
-            model = kind(config)
+        model = skeleton(folder, f"adapter {self.label}")
         _fill_with_maps(model, self._base)
         loaded: Any = peft.PeftModel.from_pretrained(model, self.path, adapter_name=_ADAPTER)
         return loaded.base_model.model

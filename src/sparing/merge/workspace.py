@@ -15,6 +15,7 @@ from sparing.merge.view import Block, ordered_map
 from sparing.shards import SafetensorsFile, Shard, as_bytes
 
 RECORD = "merge.json"
+_REPLACED = "replaced"
 
 
 class Workspace:
@@ -65,9 +66,12 @@ class Workspace:
     def _journal(self, shard: Shard) -> Path:
         return self.folder / f"{shard.name}.json"
 
-    def publish(self) -> None:
-        """Let the model take the output's place."""
-        put_in_place(self.model, self.out, aside=self.folder / "replaced")
+    def publish(self, finished: Path | None = None) -> None:
+        """Let the model, or another folder that is finished, take the output's place."""
+        replaced = self.folder / _REPLACED
+        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(finished or self.model, self.out, aside=replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -87,7 +91,7 @@ def open_workspace(out: Path, job: dict[str, Any], *, resume: bool) -> Iterator[
         ConfigError: the output may not be replaced, or another process is writing it.
     """
     _check_replaceable(out)
-    folder = out.parent / f".{out.name}.merging"
+    folder = _folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -96,6 +100,7 @@ def open_workspace(out: Path, job: dict[str, Any], *, resume: bool) -> Iterator[
     keep = resume
     try:
         _lock(lock, out)
+        put_back(out)
         _prepare(folder, job, resume=resume)
         yield Workspace(folder, out)
         keep = False
@@ -132,6 +137,17 @@ def _lock(lock: int, out: Path) -> None:
         ) from None
 
 
+def put_back(out: Path) -> None:
+    """Where a folder cannot be swapped in one step, a kill may find the output moved aside."""
+    aside = _folder(out) / _REPLACED
+    if aside.is_dir() and not out.exists():
+        aside.rename(out)
+
+
+def _folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.merging"
+
+
 def _prepare(folder: Path, job: dict[str, Any], *, resume: bool) -> None:
     noted = folder / "job.json"
     if resume and noted.is_file():
@@ -165,3 +181,20 @@ def _check_replaceable(out: Path) -> None:
             found="something else",
             mend="Choose another folder, or remove it yourself.",
         )
+
+
+def check_places(target: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is, or holds, a folder of the inputs.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for path in inputs:
+        place = path if path.is_dir() else path.parent
+        if target.resolve() in (place.resolve(), *place.resolve().parents):
+            raise ConfigError(
+                f"out {target}",
+                expected="a folder of its own",
+                found=f"one that holds the input {path}",
+                mend="Choose another folder.",
+            )

@@ -9,6 +9,7 @@ from sparing.report.gallery import write_gallery
 from sparing.report.html import write_html
 from sparing.report.standing import Standing, standing
 from sparing.report.table import markdown_table, render_table
+from sparing.report.task_tables import write_forgetting, write_task_table
 
 __all__ = [
     "Standing",
@@ -16,9 +17,11 @@ __all__ = [
     "render_table",
     "standing",
     "write_figures",
+    "write_forgetting",
     "write_gallery",
     "write_html",
     "write_report",
+    "write_task_table",
 ]
 
 

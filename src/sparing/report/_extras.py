@@ -6,8 +6,12 @@ from types import ModuleType
 from sparing.errors import MissingExtraError
 
 
-def require(module: str) -> ModuleType:
-    """Import a module of the `compare` extra.
+def require(module: str, extra: str = "compare") -> ModuleType:
+    """Import a module of an extra.
+
+    Arguments:
+        module: to import.
+        extra: that brings it, to name where it is missing.
 
     Raises:
         MissingExtraError: its package is not installed.
@@ -18,4 +22,4 @@ def require(module: str) -> ModuleType:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise MissingExtraError.of(package, "compare") from error
+        raise MissingExtraError.of(package, extra) from error

@@ -10,6 +10,7 @@ from sparing.checkpoint import atomic_path
 from sparing.compare.results import Results, Row
 from sparing.report._extras import require
 from sparing.report._labels import Label, place_labels
+from sparing.report.canvas import DPI, INK, blank_figure, tidy
 from sparing.report.curves import curves, description, loss_range
 from sparing.report.palette import GREY, REFERENCE, looks
 from sparing.report.pareto import (
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 160
 _SIZE = (7.0, 4.8)  # inches: 1120 x 768 pixels, type still legible at 800
-_INK = "#1f2933"
 _SMALL, _NORMAL, _LARGE = 9.0, 10.0, 12.5
 _MOST_NAMES = 7  # written beside points; more go into a legend
 
@@ -54,13 +53,13 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
     drawn["overview.png"] = overview_figure(results)
     for name, figure in drawn.items():
         with atomic_path(folder / name) as fresh:
-            figure.savefig(fresh, dpi=_DPI)
+            figure.savefig(fresh, dpi=DPI)
     return [folder / name for name in drawn]
 
 
 def pareto_figure(results: Results, cost: Cost) -> Figure:
     """Validation loss against one cost."""
-    figure = _figure(_SIZE)
+    figure = blank_figure(_SIZE)
     axes = figure.subplots()
     _head(figure, results, fontsize=_LARGE)
     labels = _draw_pareto(axes, results, cost)
@@ -74,7 +73,7 @@ def pareto_figure(results: Results, cost: Cost) -> Figure:
 
 def curves_figure(results: Results) -> Figure:
     """Training loss by step."""
-    figure = _figure(_SIZE)
+    figure = blank_figure(_SIZE)
     _head(figure, results, fontsize=_LARGE)
     axes = figure.subplots()
     if _draw_curves(axes, results) > _MOST_NAMES:
@@ -86,7 +85,7 @@ def curves_figure(results: Results) -> Figure:
 
 def overview_figure(results: Results) -> Figure:
     """The three Pareto plots and the learning curves on one page."""
-    figure = _figure((10.0, 8.0))
+    figure = blank_figure((10.0, 8.0))
     _head(figure, results, fontsize=_LARGE + 1.5)
     panels = list(figure.subplots(2, 2).flat)
     labels = [
@@ -103,26 +102,14 @@ def overview_figure(results: Results) -> Figure:
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    """An empty figure that belongs to no window, so that nothing global is touched."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=size, dpi=_DPI, layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _head(figure: Figure, results: Results, *, fontsize: float) -> None:
     """The title of the comparison, on as many lines as it needs."""
     letters = int(figure.get_figwidth() * 72 / (0.62 * fontsize))
     lines = textwrap.wrap(title(results), letters, max_lines=3, placeholder=" …")
-    figure.suptitle(_literal("\n".join(lines)), fontsize=fontsize, fontweight="bold", color=_INK)
+    figure.suptitle(literal("\n".join(lines)), fontsize=fontsize, fontweight="bold", color=INK)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """`text` for matplotlib, which takes what is between two dollar signs for mathematics."""
     return text.replace("$", r"\$")
 
@@ -135,9 +122,9 @@ def _settle(figure: Figure) -> None:
 
 def _draw_pareto(axes: Axes, results: Results, cost: Cost) -> list[Label]:
     """Everything but the names of the points, which need the final layout."""
-    _tidy(axes)
-    axes.set_xlabel(cost.title, fontsize=_NORMAL, color=_INK)
-    axes.set_ylabel("validation loss, nats a token", fontsize=_NORMAL, color=_INK)
+    tidy(axes, fontsize=_SMALL)
+    axes.set_xlabel(cost.title, fontsize=_NORMAL, color=INK)
+    axes.set_ylabel("validation loss, nats a token", fontsize=_NORMAL, color=INK)
     measured = points(competitors(results), cost)
     references = nearby_references(results, cost)
     if not measured:
@@ -179,14 +166,14 @@ def _draw_pareto(axes: Axes, results: Results, cost: Cost) -> list[Label]:
 
 
 def _name(row: Row) -> str:
-    return _literal(f"{row.method} (reference)" if is_lora(row) else row.method)
+    return literal(f"{row.method} (reference)" if is_lora(row) else row.method)
 
 
 def _draw_reference_lines(axes: Axes, results: Results, cost: Cost) -> None:
     """A grey line at each reference, or a remark at the edge that it is beyond."""
     low, high = loss_window(results)
     for line in reference_lines(results):
-        text = _literal(line.text(cost))
+        text = literal(line.text(cost))
         if low <= line.loss <= high:
             dash = "--" if line.name == "untouched" else REFERENCE.dash.matplotlib
             axes.axhline(line.loss, color=GREY, linewidth=1.1, linestyle=dash, zorder=1)
@@ -223,9 +210,9 @@ def _beside(axes: Axes, text: str, cost: float) -> None:
 
 def _draw_curves(axes: Axes, results: Results) -> int:
     """Draw one line for each method; returns how many there are."""
-    _tidy(axes)
-    axes.set_xlabel(f"step ({description(results)})", fontsize=_NORMAL, color=_INK)
-    axes.set_ylabel("training loss, nats a token", fontsize=_NORMAL, color=_INK)
+    tidy(axes, fontsize=_SMALL)
+    axes.set_xlabel(f"step ({description(results)})", fontsize=_NORMAL, color=INK)
+    axes.set_ylabel("training loss, nats a token", fontsize=_NORMAL, color=INK)
     drawn = curves(results)
     if not drawn:
         _say(axes, "no learning curve was recorded")
@@ -255,7 +242,7 @@ def _legend_inside(axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
-            handles, names, fontsize=_SMALL, frameon=False, loc="upper right", labelcolor=_INK
+            handles, names, fontsize=_SMALL, frameon=False, loc="upper right", labelcolor=INK
         )
 
 
@@ -269,17 +256,8 @@ def _legend(figure: Figure, axes: Axes, *, columns: int) -> None:
         ncols=columns,
         fontsize=_SMALL,
         frameon=False,
-        labelcolor=_INK,
+        labelcolor=INK,
     )
-
-
-def _tidy(axes: Axes) -> None:
-    """Two spines, a light grid and grey ticks."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
-    axes.grid(True, color="#e4e7eb", linewidth=0.8, zorder=0)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors="#52606d", labelsize=_SMALL)
 
 
 def _say(axes: Axes, text: str) -> None:

@@ -11,10 +11,11 @@ from sparing.compare.results import Results
 from sparing.report.rows import is_lora
 
 GREY = "#7a828e"
-_COLOURS = (
+COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#aa4499", "#999933", "#cc6677", "#44aa99"),
 )
+ACCENT = COLOURS[0]  # the dark end of heat maps
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Look:
     dash: Dash
 
 
-_MARKERS = (
+MARKERS = (
     *(Marker("o", "circle"), Marker("s", "square"), Marker("^", "triangle-up")),
     *(
         Marker("v", "triangle-down"),
@@ -51,7 +52,7 @@ _MARKERS = (
         Marker("p", "pentagon"),
     ),
 )
-_DASHES = (Dash("-", "solid"), Dash("--", "dash"), Dash("-.", "dashdot"))
+DASHES = (Dash("-", "solid"), Dash("--", "dash"), Dash("-.", "dashdot"))
 LORA = Look(GREY, Marker("*", "star"), Dash("--", "dash"))
 REFERENCE = Look(GREY, Marker("D", "diamond"), Dash("-.", "dashdot"))
 
@@ -67,9 +68,9 @@ def looks(results: Results) -> dict[str, Look]:
             chosen[row.method] = LORA
         elif row.method not in chosen:
             chosen[row.method] = Look(
-                _COLOURS[position % len(_COLOURS)],
-                _MARKERS[position % len(_MARKERS)],
-                _DASHES[position // len(_COLOURS) % len(_DASHES)],
+                COLOURS[position % len(COLOURS)],
+                MARKERS[position % len(MARKERS)],
+                DASHES[position // len(COLOURS) % len(DASHES)],
             )
             position += 1
     return chosen
