@@ -160,3 +160,26 @@ def test_a_layer_outside_of_any_model_gets_an_empty_pass():
     current = Passes().current
     assert isinstance(current, ForwardPass)
     assert not current.notes
+
+
+def test_a_pass_runs_within_a_forward_and_nowhere_else():
+    model = noting_model()
+    passes, seen = model.base_model.passes, []
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    layer.register_forward_pre_hook(lambda module, args: seen.append(passes.running))
+    assert passes.running is None
+    model(input_ids=token_ids())
+    assert isinstance(seen.pop(), ForwardPass)
+    assert passes.running is None
+    model.base_model.model.model(token_ids())  # a part of the model, after a forward of the whole
+    assert seen == [None]
+
+
+def test_real_tokens_are_those_of_the_mask_at_the_end():
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
+    one = ForwardPass(attention_mask=mask)
+    assert torch.equal(one.real_tokens(torch.Size((2, 4, 8))), mask.bool())
+    assert torch.equal(one.real_tokens(torch.Size((2, 1, 8))), mask[:, -1:].bool())
+    assert one.real_tokens(torch.Size((2, 8))) is None
+    assert one.real_tokens(torch.Size((2, 5, 8))) is None
+    assert ForwardPass().real_tokens(torch.Size((2, 4, 8))) is None

@@ -205,6 +205,16 @@ def test_asking_where_peft_is_does_not_keep_our_methods_from_it():
     assert done.stdout.strip() == "MOS", done.stderr
 
 
+@pytest.mark.parametrize("name", ["Trainer", "TrainerCallback", "AutoModelForCausalLM"])
+def test_transformers_may_be_the_first_to_import_peft(name):
+    """It does so in the middle of its own Trainer."""
+    code = f"import sparing; from transformers import {name}; "
+    code += "from sparing.adapt import TunerCallback; from peft import PeftType; "
+    code += "print(PeftType('MOS').value)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "MOS", done.stderr
+
+
 @pytest.mark.parametrize("module", ["sparing.tuners", "sparing.adapt", "sparing.adapt.mos"])
 def test_every_module_can_be_imported_first(module):
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)

@@ -230,7 +230,7 @@ CATALOG: tuple[Method, ...] = (
         "hyperp",
         "HyperP + MuonH + SqrtGate: Rethinking Language Model Scaling under Transferable Hypersphere Optimization",
         "scale",
-        "planned",
+        "ready",
         "2603.28743",
     ),
     Method(
@@ -265,7 +265,7 @@ CATALOG: tuple[Method, ...] = (
         "memcontrol",
         "MemControl: Mitigating Memorization in Diffusion Models via Automated Parameter Selection",
         "tune",
-        "planned",
+        "ready",
         "2405.19458",
     ),
     Method(

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sparing.cli_ept import app as tasks
 from sparing.cli_modes import app as modes
 from sparing.cli_queryable import app as queryable
 from sparing.cli_route import app as route
+from sparing.cli_scale import plan
 from sparing.cli_search import search
 from sparing.errors import ConfigError, SparingError
 
@@ -22,7 +24,9 @@ app = typer.Typer(
 app.add_typer(route, name="route")
 app.add_typer(queryable, name="queryable")
 app.add_typer(modes, name="modes")
+app.add_typer(tasks, name="tasks")
 app.command()(search)
+app.command()(plan)
 console = Console()
 
 ModelArgument = Annotated[

@@ -8,6 +8,7 @@ interrupted search draws what an uninterrupted one would.
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -193,16 +194,19 @@ def _storage(optuna: Any, storage: str | Path) -> Any:
         options = {"connect_args": {"timeout": 60}}
     for attempt in count(1):
         try:
-            return optuna.storages.RDBStorage(
-                address,
-                engine_kwargs=options,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=3 * HEARTBEAT_SECONDS,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(
+                    address,
+                    engine_kwargs=options,
+                    heartbeat_interval=HEARTBEAT_SECONDS,
+                    grace_period=3 * HEARTBEAT_SECONDS,
+                )
         except Exception as error:  # of any database
-            if attempt == _ATTEMPTS or "already exists" not in str(error):
+            race = "already exists" in str(error) or type(error).__name__ == "IntegrityError"
+            if attempt == _ATTEMPTS or not race:
                 raise _unusable(storage, error) from error
-            time.sleep(0.2)
+            time.sleep(0.2 * attempt)
     raise AssertionError
 
 

@@ -135,7 +135,7 @@ def test_a_larger_expert_sees_the_corner_of_what_a_smaller_one_sees() -> None:
     """Oracle 11."""
     seed, _ = seed_and_kernels(24, 30, [2, 6])
     small, large = ((b @ a) for a, b in (seed.pruned(2), seed.pruned(6)))
-    assert torch.equal(large, (small[:5, :4]))
+    torch.testing.assert_close(large, small[:5, :4], **EXACT)
 
 
 @pytest.mark.parametrize(("size", "r"), [(1, 3), (2, 3), (4, 2), (6, 2)])
@@ -301,7 +301,8 @@ def test_only_chosen_kernels_learn_in_the_first_step() -> None:
 
 
 def test_experts_that_a_task_does_not_use_get_no_gradient_from_it() -> None:
-    """Oracle 8; nor does the embedding of another task."""
+    """Oracle 8; nor does the embedding of another task. The gates' rows all get some, as the
+    probabilities of the chosen ones are a softmax over all."""
     model = fit(13, 11, kernel_sizes=[2, 3, 4, 5], num_tasks=3, lambda_con=0.0).train()
     routers, adapter = model.base_model.routers(), adapter_of(model)
     for task in range(3):
@@ -312,8 +313,7 @@ def test_experts_that_a_task_does_not_use_get_no_gradient_from_it() -> None:
         assert len(chosen) == 2
         for i, piece in enumerate(adapter.kernels.grad.split(adapter.numels)):
             assert bool(piece.any()) == (i in chosen)
-            assert bool(routers.gates["13"].grad[0, i].any()) == (i in chosen)
-            assert bool(routers.biases.grad[0, i]) == (i in chosen)
+            assert routers.gates["13"].grad[0, i].any()
         for other in range(3):
             assert bool(routers.embeddings["13"].grad[0, other].any()) == (other == task)
 

@@ -464,10 +464,10 @@ def test_training_keeps_no_factors() -> None:
     model, x = adapted().eval(), inputs()
     with torch.no_grad():
         model(x)
-        assert adapters(model)[0]._kept is not None
-        assert adapters(copy.deepcopy(model))[0]._kept is None
+        assert adapters(model)[0]._kept._state is not None
+        assert adapters(copy.deepcopy(model))[0]._kept._state is None
         model.train()(x)
-    assert adapters(model)[0]._kept is None
+    assert adapters(model)[0]._kept._state is None
 
 
 def test_switching_modes_renews_factors_after_a_write_that_leaves_no_trace() -> None:

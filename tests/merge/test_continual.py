@@ -234,8 +234,8 @@ def test_a_lora_arrives_as_its_factors(tmp_path: Path, monkeypatch: pytest.Monke
     assert {n: m.ranks for n, m in ledger.modules.items() if m.ranks} == {
         f"model.layers.{i}.{n}": [3] for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")
     }
-    assert any("in 3 directions" in note for note in ledger.notes)
-    assert any("leaves 10 modules as they are" in note for note in ledger.notes)
+    assert any("in 3 directions, which is r there, 4 modules" in note for note in ledger.notes)
+    assert any("leaves as they are 10 modules" in note for note in ledger.notes)
     assert torch.allclose(logits(load(out)), expected, atol=1e-5)
 
 

@@ -32,6 +32,7 @@ from sparing.merge.subspaces import (
     merged,
     null_affinity,
 )
+from sparing.routing import entropy
 
 ALL = Truncation(rank=None, energy=1.0, router_rank=4)
 
@@ -377,7 +378,7 @@ def test_no_change_in_a_module_is_no_expert_and_a_note() -> None:
         model.head.bias.add_(1.0)
     made.add(model, "part")
     assert [layer.experts for layer in made.report().layers] == [1, 0, 0]
-    assert "part leaves 2 modules as they are: second, head" in made.report().notes
+    assert "part leaves as they are 2 modules: second, head" in made.report().notes
     assert torch.allclose(made.module()(inputs()), model(inputs()), atol=1e-5)
 
 
@@ -400,7 +401,8 @@ def test_other_parameters_are_the_running_mean() -> None:
 
 def test_a_reduced_r_is_noted() -> None:
     made = bank(1, router_rank=14)
-    assert any("changes first in 12 directions" in note for note in made.report().notes)
+    note = "t1 changes in 5 to 12 directions, which is r there, 2 modules: first, head"
+    assert made.report().notes == (note,)
 
 
 # Routing
@@ -432,6 +434,16 @@ def test_a_feature_in_an_expert_s_subspace_scores_one() -> None:
     for number in range(3):
         x = noise(5, 4, seed=number) @ made.expert("0", number).factors.basis.double()
         assert torch.allclose(experts.scores(x)[:, number], torch.ones(5).double(), atol=1e-5)
+
+
+def test_weights_on_a_task_s_own_features_are_nearly_one_hot() -> None:
+    """The pitfall: with little contrast the sum of experts is plain averaging."""
+    made, _, experts = stack()
+    x = noise(30, 4) @ made.expert("0", 1).factors.basis.double()
+    weights = experts.router.weights(experts.scores(x), experts)
+    assert entropy(weights).max() < 0.01 * math.log(3)
+    experts.router.routing = Routing(temperature=1.0)
+    assert entropy(experts.router.weights(experts.scores(x), experts)).min() > 0.7 * math.log(3)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 7.0, 1e4])
@@ -698,6 +710,21 @@ def test_what_is_no_fine_tune_is_refused_by_name(change: Any, words: str) -> Non
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         MadeIt(net(), **options)
+
+
+def test_affinity_by_cosine_compares_the_changes() -> None:
+    """Same input subspace, unrelated outputs: merged by projection, kept apart by cosine."""
+    span = subspace(4, 24, 3)
+    layer = nn.Sequential(nn.Linear(24, 40)).double()
+    counts = {}
+    for kind in ("projection", "cosine"):
+        made = MadeIt(layer, rank=None, energy=1.0, router_rank=4, affinity=kind)
+        for seed in (1, 2):
+            state = {n: t.clone() for n, t in layer.state_dict().items()}
+            state["0.weight"] += reading(span, seed, outputs=40)
+            made.add(state)
+        counts[kind] = made.report().experts
+    assert counts == {"projection": 1, "cosine": 2}
 
 
 def test_layers_can_be_chosen_by_name() -> None:

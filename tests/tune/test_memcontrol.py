@@ -3,11 +3,12 @@
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import optuna
 import pytest
 import torch
 from _networks import Stack, small_unet, unet_inputs
+from _search import X, control, output, size, train
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +43,6 @@ from sparing.tune.figure import draw_front
 from sparing.tune.front import dominates
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -50,30 +51,6 @@ def tmp_path() -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
-
-
-def train(run: Run) -> None:
-    """Two steps of AdamW with heavy decay."""
-    optimizer = torch.optim.AdamW(run.parameters, weight_decay=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        run.model(X).square().sum().backward()
-        optimizer.step()
-
-
-def size(model: nn.Module) -> float:
-    return sum(p.square().sum().item() for p in model.blocks.parameters())
-
-
-def output(model: nn.Module) -> float:
-    return model(X).sum().item()
-
-
-def control(storage: Path | None = None, **options) -> MemControl:
-    model = options.pop("model", None) or Stack(options.pop("blocks", 3))
-    chosen = {"trials": 5, "learning_rates": LogUniform(1e-3, 1e-1), "storage": storage} | options
-    groups = block_groups(model, "full", freeze=["enter", "norm"])
-    return MemControl(model, groups, chosen.pop("rewards", [size, output]), **chosen)
 
 
 def drawn(front: Front) -> list[tuple[str, float]]:
@@ -357,63 +334,48 @@ def test_an_interrupted_trial_is_run_again(tmp_path: Path):
     assert drawn(front) == calls[:3] + calls[4:] == drawn(control(None, trials=6).search(train))
 
 
-WORKER = """
-import os, sys, time
-sys.path.insert(0, sys.argv[2])
-import torch
-torch.set_num_threads(1)
-from test_memcontrol import control, train
-from pathlib import Path
-def slow(run):
-    print(run.mask, run.learning_rate, flush=True)
-    if sys.argv[3] == "kill" and len(seen) == 2:
-        os.kill(os.getpid(), 9)
-    seen.append(1)
-    time.sleep(0.05)
-    train(run)
-seen = []
-(Path(sys.argv[1]).parent / f"ready-{os.getpid()}").touch()
-while len(list(Path(sys.argv[1]).parent.glob("ready-*"))) < int(sys.argv[4]):
-    time.sleep(0.01)
-front = control(Path(sys.argv[1]), trials=12, sampler="random").search(slow)
-"""
+def work(storage: Path, begin: float, die_at: int | None) -> int:
+    """One worker, which a fork may be: it does not use autograd."""
+    time.sleep(max(0.0, begin - time.time()))
+    done = []
+
+    def nudge(run: Run) -> None:
+        if len(done) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(run.mask)
+        nudged(run)
+
+    control(storage, trials=12, sampler="random").search(nudge)
+    return len(done)
 
 
-def worker(storage: Path, how: str, of: int = 1) -> subprocess.Popen[str]:
-    """One of several processes that begin together, once all are ready."""
-    here = str(Path(__file__).parent)
-    paths = os.pathsep.join([here, str(Path(__file__).parents[1])])
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", WORKER, str(storage), here, how, str(of)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+def nudged(run: Run) -> None:
+    with torch.no_grad():
+        for group in run.parameters:
+            for parameter in group["params"]:
+                parameter += group["lr"]
 
 
 def test_workers_share_one_storage(tmp_path: Path):
-    """Two processes start together on a new file: twelve trials in all, none twice."""
-    workers = [worker(tmp_path / "a.db", "go", of=2) for _ in range(2)]
-    outs = [w.communicate(timeout=240) for w in workers]
-    assert [w.returncode for w in workers] == [0, 0], outs
-    lines = [line for out, _ in outs for line in out.splitlines()]
-    assert len(lines) == 12
-    front = control(tmp_path / "a.db", trials=12, sampler="random").front()
-    assert sorted(lines) == sorted(f"{m} {r}" for m, r in drawn(front))
-    assert all(out for out, _ in outs)
-    alone = control(None, trials=12, sampler="random").search(train)
+    """Two processes begin together on a new file: twelve trials in all, those of one alone."""
+    storage = tmp_path / "a.db"
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        done = pool.starmap(work, [(storage, time.time() + 0.5, None)] * 2)
+    assert sum(done) == 12
+    front = control(storage, trials=12, sampler="random").front()
+    alone = control(None, trials=12, sampler="random").search(nudged)
     assert drawn(front) == drawn(alone)
     assert [t.values for t in front.trials] == [t.values for t in alone.trials]
 
 
 def test_the_slot_of_a_killed_worker_is_free_again(tmp_path: Path):
-    killed = worker(tmp_path / "a.db", "kill")
-    out, _ = killed.communicate(timeout=240)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(out.splitlines()) == 3
-    front = control(tmp_path / "a.db", trials=12, sampler="random").search(train)
-    assert drawn(front) == drawn(control(None, trials=12, sampler="random").search(train))
+    storage = tmp_path / "a.db"
+    killed = multiprocessing.get_context("fork").Process(target=work, args=(storage, 0.0, 2))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    front = control(storage, trials=12, sampler="random").search(nudged)
+    assert drawn(front) == drawn(control(None, trials=12, sampler="random").search(nudged))
     assert {trial.state for trial in front.trials} == {"complete"}
 
 
@@ -526,8 +488,8 @@ def test_a_unet_is_searched_and_tuned():
     """SVDiff on a UNet of diffusers: restored bitwise, and tuned again to what the trial gave."""
     x, _, c = unet_inputs(6)
     model = small_unet()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
     groups = block_groups(model, "svdiff")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
     denoising = Denoising(DDIMScheduler(num_train_timesteps=50), torch.zeros(1, 8))
     norm = MemorizationNorm(denoising, Images(x[:3], c[:3]))
     fine_tuning = FineTuning(

@@ -1,5 +1,7 @@
 """Fine-tune few parameters: PEFT methods that work with `peft.get_peft_model`."""
 
+from typing import TYPE_CHECKING
+
 from sparing.adapt._unified_attention import gated_attention, record_gates
 from sparing.adapt._unified_config import Slot, UnifiedPeftConfig
 from sparing.adapt.bi_adapter import BiAdapterConfig
@@ -10,7 +12,6 @@ from sparing.adapt.bi_adapter_files import (
     import_compact,
 )
 from sparing.adapt.bi_adapter_probes import relative_noise, round_weights
-from sparing.adapt.callback import TunerCallback
 from sparing.adapt.dopamine import DopamineConfig
 from sparing.adapt.dopamine_attribution import NeuronAttribution, neuron_attribution
 from sparing.adapt.dopamine_deploy import close_neurons, fold_gains, prune_neurons
@@ -24,6 +25,7 @@ from sparing.adapt.dopamine_modes import (
 from sparing.adapt.dopamine_skipping import skip_closed_neurons
 from sparing.adapt.ept import EPTConfig
 from sparing.adapt.ept_batches import TaskBatches
+from sparing.adapt.ept_training import TaskBlocks, evaluate_tasks, train_tasks
 from sparing.adapt.hut import HUTConfig
 from sparing.adapt.mos import MoSConfig, selection_histogram
 from sparing.adapt.mos_export import export_lora
@@ -57,6 +59,9 @@ from sparing.adapt.unified_peft import (
     parameter_counts,
 )
 
+if TYPE_CHECKING:
+    from sparing.adapt.callback import TunerCallback
+
 __all__ = [
     "DIFFUSERS_UNET_TARGETS",
     "BiAdapterConfig",
@@ -73,6 +78,7 @@ __all__ = [
     "SaRAConfig",
     "Slot",
     "TaskBatches",
+    "TaskBlocks",
     "TunerCallback",
     "UnifiedPeftConfig",
     "adapters_in",
@@ -82,6 +88,7 @@ __all__ = [
     "close_neurons",
     "compact_bytes",
     "default_learning_rate",
+    "evaluate_tasks",
     "expert_layers",
     "export_compact",
     "export_lora",
@@ -121,4 +128,14 @@ __all__ = [
     "skip_closed_neurons",
     "theta_for",
     "train_gates",
+    "train_tasks",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Late, because transformers imports PEFT, and PEFT this room, in the middle of its Trainer.
+    if name == "TunerCallback":
+        from sparing.adapt.callback import TunerCallback
+
+        return TunerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

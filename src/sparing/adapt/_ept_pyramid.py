@@ -100,23 +100,25 @@ class KroneckerProjection(Projection):
 
     def apply(self, x: Tensor, seed: Seed, kernels: Mapping[int, Tensor]) -> Tensor:
         """EPT, eq. 5: r (inputs + outputs) + r s² multiply-adds a token and size."""
+        tokens = x.reshape(-1, seed.inputs)
         parts = []
         for size, kernel in kernels.items():
             a, b = seed.pruned(size)
-            expanded = b @ (a @ _folded(x, size, a.shape[1]) @ kernel.mT)
-            parts.append(_padded(expanded.flatten(-2), seed.outputs))
-        return sum(parts[1:], start=parts[0])
+            hidden = kernel.expand(len(tokens), -1, -1).bmm(_down(tokens, a, size))
+            parts.append(_up(hidden, b, seed.outputs))
+        return sum(parts[1:], start=parts[0]).view(*x.shape[:-1], seed.outputs)
 
     def apply_each(
         self, x: Tensor, seed: Seed, kernels: Mapping[int, Tensor], weights: Mapping[int, Tensor]
     ) -> Tensor:
+        tokens = x.reshape(-1, seed.inputs)
         parts = []
         for size, kernel in kernels.items():
             a, b = seed.pruned(size)
-            through = (a @ _folded(x, size, a.shape[1])).unsqueeze(-3) @ kernel.mT
-            mixed = (weights[size][..., None, None] * through).sum(-3)
-            parts.append(_padded((b @ mixed).flatten(-2), seed.outputs))
-        return sum(parts[1:], start=parts[0])
+            mixed = weights[size].reshape(len(tokens), -1) @ kernel.flatten(1)
+            hidden = mixed.view(-1, size, size).bmm(_down(tokens, a, size))
+            parts.append(_up(hidden, b, seed.outputs))
+        return sum(parts[1:], start=parts[0]).view(*x.shape[:-1], seed.outputs)
 
 
 class ChannelProjection(Projection):
@@ -154,7 +156,7 @@ class ChannelProjection(Projection):
         for size, kernel in kernels.items():
             a, b = seed.pruned(size)
             channels = F.linear(F.linear(x[..., : a.shape[1]], a), b)
-            mixed = (weights[size] @ kernel.flatten(1).to(weights[size])).unflatten(-1, (-1, size))
+            mixed = (weights[size] @ kernel.flatten(1)).unflatten(-1, (-1, size))
             parts.append(_padded((channels[..., None] * mixed).flatten(-2), seed.outputs))
         return sum(parts[1:], start=parts[0])
 
@@ -165,9 +167,24 @@ PROJECTIONS: dict[str, Projection] = {
 }
 
 
-def _folded(x: Tensor, size: int, columns: int) -> Tensor:
-    """(..., inputs) -> (..., columns, size); trailing features that fill no column are left out."""
-    return x[..., : columns * size].unflatten(-1, (columns, size))
+# Plain mm and bmm: torch.matmul would order its sums otherwise where gradients are recorded.
+
+
+def _down(tokens: Tensor, a: Tensor, size: int) -> Tensor:
+    """A X with features c·s + d of a token as X[c, d]: (tokens, inputs) -> (tokens, size, r).
+
+    Trailing features that fill no column of X are left out.
+    """
+    columns = a.shape[1]
+    folded = tokens[:, : columns * size].unflatten(1, (columns, size)).mT
+    return (folded.reshape(-1, columns) @ a.mT).view(len(tokens), size, len(a))
+
+
+def _up(hidden: Tensor, b: Tensor, outputs: int) -> Tensor:
+    """B V, flattened row by row: (tokens, size, r) -> (tokens, outputs)."""
+    rows, size = len(b), hidden.shape[1]
+    expanded = (hidden.flatten(0, 1) @ b.mT).view(-1, size, rows)
+    return _padded(expanded.mT.reshape(-1, rows * size), outputs)
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:

@@ -83,6 +83,7 @@ class Routers(nn.Module):
         super().__init__()
         self.config, self.passes, self.uncontrasted = config, passes, uncontrasted
         self.names = list(inputs)
+        self.widths = list(dict.fromkeys(map(str, inputs.values())))  # ParameterDict sorts its keys
         by_width: dict[int, list[str]] = {}
         for name, width in inputs.items():
             by_width.setdefault(width, []).append(name)
@@ -94,9 +95,9 @@ class Routers(nn.Module):
             def stacked(part: int, names: list[str]) -> nn.Parameter:
                 return nn.Parameter(torch.stack([drawn[name][part] for name in names]))
 
-            widths = {str(width): names for width, names in by_width.items()}
-            self.embeddings = nn.ParameterDict({w: stacked(0, n) for w, n in widths.items()})
-            self.gates = nn.ParameterDict({w: stacked(1, n) for w, n in widths.items()})
+            named = {str(width): names for width, names in by_width.items()}
+            self.embeddings = nn.ParameterDict({w: stacked(0, n) for w, n in named.items()})
+            self.gates = nn.ParameterDict({w: stacked(1, n) for w, n in named.items()})
             self.biases = stacked(2, [name for name, _ in ordered])
         else:
             self.logits = nn.Parameter(
@@ -161,17 +162,16 @@ class Routers(nn.Module):
         pairs = weights.detach().ne(0).tolist()
         chosen = [[[i for i, on in enumerate(e) if on] for e in task] for task in pairs]
         # One unbind for all: a slice of its own for each layer would cost a stack of zeros each.
-        stacks = self.embeddings.values() if self.config.uses_embeddings else ()
-        return Gates(
-            weights.unbind(0), chosen, tuple(e for stack in stacks for e in stack.unbind(0))
-        )
+        widths = self.widths if self.config.uses_embeddings else []
+        embeddings = tuple(one for width in widths for one in self.embeddings[width].unbind(0))
+        return Gates(weights.unbind(0), chosen, embeddings)
 
     def _all_logits(self) -> Tensor:
         """W_g e_t + b, (layers, tasks, experts)."""
         if not self.config.uses_embeddings:
             return self.logits
         with torch.autocast(self.biases.device.type, enabled=False):
-            products = [e @ self.gates[width].mT for width, e in self.embeddings.items()]
+            products = [self.embeddings[w] @ self.gates[w].mT for w in self.widths]
             return torch.cat(products) + self.biases.unsqueeze(1)
 
 

@@ -347,7 +347,7 @@ class EPTTuner(Tuner):
 
     def infer_tasks(self, adapter_name: str = "default", **inputs: Any) -> Tensor:
         """Guess the task of each row: the one whose embeddings resemble the layers' inputs most
-        (EPT, eq. 9). Reconstructed; the inputs are those of the model without the adapter.
+        (EPT, eq. 9). Reconstructed: every task is tried, in a forward of its own.
 
         Arguments:
             adapter_name: of the adapter, which was trained with the contrastive loss.
@@ -357,8 +357,10 @@ class EPTTuner(Tuner):
             (rows,) int64, to be given to the model as `tasks`.
 
         Raises:
-            ConfigError: the adapter embeds no tasks.
+            ConfigError: the adapter embeds no tasks, or is merged.
         """
+        if self._is_merged():
+            raise _merged("infer_tasks")
         return infer_tasks(self, adapter_name, inputs)
 
     def export_lora(

@@ -11,6 +11,7 @@ the released code.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.errors import CheckpointError, ConfigError
+from sparing.kept import Kept
 from sparing.tuners import (
     AdditiveAdapter,
     Tuner,
@@ -239,7 +241,7 @@ class MoSAdapter(AdditiveAdapter):
         self.register_buffer("row_scale", scale)
         self.scaling = config.lora_alpha / config.r
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self._kept: _Kept | None = None
+        self._kept: Kept[tuple[Tensor, Tensor]] = Kept()
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """A, and B scaled by lora_alpha / r (MoS, eqs. 5 and 6); differentiable in the pool.
@@ -250,22 +252,11 @@ class MoSAdapter(AdditiveAdapter):
         Returns:
             (r, inputs) and (r, outputs), on the device of the indices.
         """
-        pool = self.pool
-        learns = torch.is_grad_enabled() and (pool.a.requires_grad or pool.b.requires_grad)
-        if self.training or learns or torch.compiler.is_compiling() or pool.a.is_inference():
+        if self.training:
             return self._gather(dtype)
-        fixed = (self.shard_map,) if self.row_scale is None else (self.shard_map, self.row_scale)
-        sources = (pool.a, pool.b, *fixed)
-        state = (
-            dtype,
-            torch.is_inference_mode_enabled(),
-            *((t.data_ptr(), t._version) for t in sources),
-        )
-        if self._kept is None or self._kept.state != state:
-            # The sources are kept alive, lest another tensor come to lie at the same address.
-            alive = tuple(t.detach() for t in sources)
-            self._kept = _Kept(state, alive, self._gather(dtype))
-        return self._kept.factors
+        sources = [self.pool.a, self.pool.b, self.shard_map]
+        sources += [] if self.row_scale is None else [self.row_scale]
+        return self._kept.get(sources, partial(self._gather, dtype), dtype)
 
     def _gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rank, device = self.shard_map.shape[1], self.shard_map.device
@@ -287,20 +278,8 @@ class MoSAdapter(AdditiveAdapter):
 
     def train(self, mode: bool = True) -> "MoSAdapter":
         """Switch between training and evaluation; see the class for what this drops."""
-        self._kept = None
+        self._kept.forget()
         return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Factors, and the state of the tensors they were gathered from."""
-
-    state: tuple[Any, ...]
-    sources: tuple[Tensor, ...]
-    factors: tuple[Tensor, Tensor]
 
 
 class MoSTuner(Tuner):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparing.adapt._phatgoose_dispatch import Stack, mixture
 from sparing.adapt._phatgoose_scores import Score, prepared_keys, score
 from sparing.errors import ConfigError, near_matches
+from sparing.kept import Kept
 from sparing.routing import sparse_softmax, top_experts
 from sparing.tuners import (
     AdditiveAdapter,
@@ -76,6 +77,7 @@ class PhatgooseConfig(TunerConfig):
     """
 
     method: ClassVar[str] = "phatgoose"
+    starts_fresh: ClassVar[bool] = False  # as it starts, it is a LoRA
     size_option: ClassVar[str] = "r"
     learning_rates: ClassVar[tuple[float, ...]] = (2e-3, 5e-3, 1e-2)
 
@@ -234,7 +236,7 @@ class PhatgooseAdapter(AdditiveAdapter):
         self.observer: Any = None
         self.gate_temperature = HOTTEST
         self._step, self._name = 0, name
-        self._prepared: tuple[Any, Tensor, Tensor] | None = None
+        self._prepared: Kept[Tensor] = Kept()
 
     def _hold(self, name: str, tensor: Tensor, trainable: bool) -> None:
         if trainable:
@@ -276,18 +278,10 @@ class PhatgooseAdapter(AdditiveAdapter):
 
     def _ready_keys(self, dtype: torch.dtype) -> Tensor:
         """The keys as the score wants them, kept until they change."""
-        assert self.keys is not None
-        assert self.config.score is not None
-        learns = torch.is_grad_enabled() and self.keys.requires_grad
-        if learns or torch.compiler.is_compiling() or self.keys.is_inference():
-            return prepared_keys(self.keys.to(dtype), self.config.score)
-        place = (self.keys.data_ptr(), self.keys._version)
-        state = (*place, self.config.score, dtype, torch.is_inference_mode_enabled())
-        if self._prepared is None or self._prepared[0] != state:
-            ready = prepared_keys(self.keys.to(dtype), self.config.score)
-            # The keys are kept alive, lest others come to lie at the same address.
-            self._prepared = (state, ready, self.keys.detach())
-        return self._prepared[1]
+        keys, kind = self.keys, self.config.score
+        assert keys is not None
+        assert kind is not None
+        return self._prepared.get((keys,), lambda: prepared_keys(keys.to(dtype), kind), kind, dtype)
 
     def routing_weights(self, x: Tensor) -> Tensor:
         """How much every expert takes part (eq. 5).
@@ -389,7 +383,7 @@ class PhatgooseAdapter(AdditiveAdapter):
         return b.t() @ a * self.scales[expert].to(dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None, "observer": None}
+        return self.__dict__ | {"observer": None}
 
 
 class PhatgooseTuner(Tuner):

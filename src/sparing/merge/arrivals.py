@@ -105,10 +105,13 @@ def _evolve(job: Job) -> dict[str, int | None]:
     affinities: dict[str, list[float] | None] = {}
     targets, progress = job.setting.layout.targets, job.setting.machine.progress
     progress.stage(f"comparing {job.task.name}", sum(t.inputs * t.outputs for t in targets))
-    for target, found, note in _over_layers(job, lambda target: _compare_layer(job, target)):
+    ranks: dict[str, int] = {}
+    for target, found, rank in _over_layers(job, lambda target: _compare_layer(job, target)):
         affinities[target.module] = found
-        job.ledger.notes += [note] if note else []
+        if found is not None and rank < job.setting.options.router_rank:
+            ranks[target.module] = rank
         progress.advance(target.inputs * target.outputs)
+    job.ledger.note_reduced(job.task.name, ranks)
     members = {name: module.members for name, module in job.ledger.modules.items()}
     chosen = job.ledger.arrive(job.task, affinities, job.setting.options.adaptive)
 
@@ -135,19 +138,21 @@ def _over_layers(job: Job, function: Callable[[Target], Any]) -> Iterable[Any]:
     return ordered_map(function, job.setting.layout.targets, job.setting.machine.threads)
 
 
-def _compare_layer(job: Job, target: Target) -> tuple[Target, list[float] | None, str | None]:
-    """Factorise the task's change of a layer and compare it with the layer's experts."""
-    fresh, options = _represent(job, target), job.setting.options
+def _compare_layer(job: Job, target: Target) -> tuple[Target, list[float] | None, int]:
+    """Factorise the task's change of a layer and compare it with the layer's experts.
+
+    Returns:
+        The layer, affinities or None if the task leaves it alone, and the task's r there.
+    """
+    fresh = _represent(job, target)
     if fresh is None:
-        return target, None, None
+        return target, None, 0
     job.scratch.put(target.module, fresh)
-    r, note = fresh.factors.router_rank, None
-    if r < options.router_rank:
-        note = f"{job.task.name} changes {target.module} in {r} directions: its r is that"
     exact = job.reader.dtype
     new = job.scratch.get(target.module).to(exact).factors  # on the CPU, as the experts are
-    experts = job.experts(target.module)
-    return target, [options.alike(old.to(exact).factors, new) for old in experts], note
+    alike = job.setting.options.alike
+    found = [alike(old.to(exact).factors, new) for old in job.experts(target.module)]
+    return target, found, new.router_rank
 
 
 def _represent(job: Job, target: Target) -> LayerExpert | None:

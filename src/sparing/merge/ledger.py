@@ -16,6 +16,7 @@ from sparing.errors import CheckpointError
 
 LEDGER = "bank.json"
 VERSION = 1
+_NAMED = 3  # modules in a note
 Pool = Literal["global", "module"]
 
 
@@ -142,6 +143,19 @@ class Ledger:
         """The name of the task with these very weights, or None."""
         return next((task.name for task in self.tasks if task.digest == digest), None)
 
+    def note_reduced(self, task: str, router_ranks: Mapping[str, int]) -> None:
+        """Tell of modules that a task changes in fewer directions than the routing basis has.
+
+        Arguments:
+            task: its name.
+            router_ranks: r of its expert there, by module.
+        """
+        if router_ranks:
+            low, high = min(router_ranks.values()), max(router_ranks.values())
+            level = str(low) if low == high else f"{low} to {high}"
+            where = _some(list(router_ranks))
+            self.notes.append(f"{task} changes in {level} directions, which is r there, {where}")
+
     def arrive(
         self, task: Task, affinities: Mapping[str, list[float] | None], rule: Adaptive
     ) -> dict[str, int | None]:
@@ -163,8 +177,7 @@ class Ledger:
         self.tasks.append(task)
         unchanged = [name for name, values in affinities.items() if values is None]
         if unchanged:
-            some = ", ".join(unchanged[:3]) + (" …" if len(unchanged) > 3 else "")
-            self.notes.append(f"{task.name} leaves {len(unchanged)} modules as they are: {some}")
+            self.notes.append(f"{task.name} leaves as they are {_some(unchanged)}")
         pool = [value for module in self.modules.values() for value in module.seen]
         pool += [value for values in affinities.values() for value in values or ()]
         common = rule.threshold(pool)
@@ -212,3 +225,8 @@ class Ledger:
                 found=f"{type(error).__name__}: {error}",
                 mend="The file is damaged or of another version; merge again.",
             ) from error
+
+
+def _some(modules: list[str]) -> str:
+    more = ", …" if len(modules) > _NAMED else ""
+    return f"{len(modules)} modules: {', '.join(modules[:_NAMED])}{more}"

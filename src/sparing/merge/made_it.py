@@ -17,14 +17,15 @@ memory, for any network.
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparing.checkpoint import atomic_path
+from sparing.checkpoint import atomic_path, read_json, write_json
 from sparing.errors import CheckpointError
 from sparing.merge.bank_report import BankReport, bank_report
 from sparing.merge.layer_experts import PARTS, LayerExpert, unstacked
@@ -33,6 +34,7 @@ from sparing.merge.method import Continual, Options
 from sparing.merge.routed import Experts, Granularity, Router, Routing, attach
 from sparing.merge.skeleton import target_names
 from sparing.merge.subspaces import Factors, Truncation, affinity, cosine, factorize
+from sparing.shards import Checkpoint
 
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = "bank.safetensors"
@@ -152,7 +154,8 @@ class MadeIt:
     """A bank of experts in memory, for any network.
 
     Arguments:
-        base: the network that all experts are fine-tunes of; it is not changed.
+        base: the network that all experts are fine-tunes of; it is not changed, and must not be
+            by others while the bank is in use.
         options: of `MadeItOptions`.
 
     Attributes:
@@ -199,13 +202,17 @@ class MadeIt:
         if known is not None:
             self.ledger.notes.append(f"{label} is {known} once more: nothing changed")
             return False
-        fresh = {module: self._represent(module, state, label) for module in self._experts}
+        fresh = {module: self._represent(module, state) for module in self._experts}
         affinities = {
             module: None
             if new is None
             else [self.options.alike(old.factors, new.factors) for old in self._experts[module]]
             for module, new in fresh.items()
         }
+        ranks = {name: new.factors.router_rank for name, new in fresh.items() if new is not None}
+        self.ledger.note_reduced(
+            label, {name: r for name, r in ranks.items() if r < self.options.router_rank}
+        )
         number = len(self.ledger.tasks)
         for module, chosen in self.ledger.arrive(task, affinities, self.options.adaptive).items():
             new = fresh[module]
@@ -235,18 +242,12 @@ class MadeIt:
     def _change(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         return state[name].detach().double() - self._state[name].double()
 
-    def _represent(
-        self, module: str, state: Mapping[str, Tensor], label: str
-    ) -> LayerExpert | None:
+    def _represent(self, module: str, state: Mapping[str, Tensor]) -> LayerExpert | None:
         delta = self._change(f"{module}.weight", state)
         delta = delta.mT if self._transposed[module] else delta
         factors = factorize(delta, self.options.truncation, module)
         if factors is None:
             return None
-        if factors.router_rank < self.options.router_rank:
-            self.ledger.notes.append(
-                f"{label} changes {module} in {factors.router_rank} directions: its r is that"
-            )
         has_bias = self.ledger.modules[module].bias
         bias = self._change(f"{module}.bias", state) if has_bias else None
         return LayerExpert(factors, bias).to(STORAGE[self.options.storage])
@@ -308,12 +309,6 @@ class MadeIt:
         Raises:
             UnwritableError: the folder cannot be written.
         """
-        from dataclasses import asdict
-
-        from safetensors.torch import save_file
-
-        from sparing.checkpoint import write_json
-
         tensors = {f"{_MEAN}{name}": mean for name, mean in self._means.items()}
         for name, experts in self._experts.items():
             for part in _parts(self.ledger.modules[name]) if experts else ():
@@ -332,10 +327,6 @@ class MadeIt:
         Raises:
             CheckpointError: no bank, or one of another base.
         """
-        from safetensors.torch import load_file
-
-        from sparing.checkpoint import read_json
-
         path = Path(folder)
         bank = cls(base, **read_json(path / "options.json"))
         if read_json(path / "base.json") != _digest(bank._state):
@@ -388,8 +379,6 @@ def _state_of(expert: nn.Module | Mapping[str, Tensor] | str | Path) -> Mapping[
         return expert.state_dict()
     if isinstance(expert, Mapping):
         return expert
-    from sparing.shards import Checkpoint
-
     with Checkpoint(Path(expert)) as checkpoint:
         return {
             name: checkpoint.read(name).view(info.shape)

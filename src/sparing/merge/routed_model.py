@@ -1,5 +1,6 @@
 """A bank of experts as a model of transformers: it loads, runs, generates and saves."""
 
+from dataclasses import asdict
 from typing import Any
 
 import transformers
@@ -136,8 +137,6 @@ class MadeItModel(PreTrainedModel, GenerationMixin):
 
     def set_routing(self, routing: Routing) -> None:
         """Route in another way from now on, and after saving and loading."""
-        from dataclasses import asdict
-
         set_routing(self, routing)
         self.config.routing = asdict(routing)
 

@@ -16,6 +16,23 @@ from sparing.scale.orthogonalize import Orthogonalizer
 EPSILON = 1e-8
 
 
+def sphere_step(
+    weight: Tensor, direction: Tensor, lr: float, radius: Tensor, dims: tuple[int, ...] = (-2, -1)
+) -> None:
+    """W̃ = W - η (R/‖U‖) U, then W ← W̃ R/‖W̃‖ (HyperP, eq. 3); a zero direction changes nothing.
+
+    Arguments:
+        weight: (…, outputs, inputs), changed in place.
+        direction: U, of that shape and any size.
+        lr: η.
+        radius: R, broadcast over `dims`.
+        dims: that a norm is taken over.
+    """
+    length = _norm(direction, dims).clamp_min(EPSILON)
+    weight.sub_(direction * (lr * radius / length))
+    weight.mul_(radius / _norm(weight, dims).clamp_min(EPSILON))
+
+
 class MuonH(MatrixOptimizer):
     """Muon on the sphere: W̃ = W - η (R/‖U‖) U, then W ← W̃ R/‖W̃‖ (HyperP, eq. 3).
 
@@ -88,10 +105,7 @@ class MuonH(MatrixOptimizer):
     def matrix_step(
         self, weight: Tensor, orthogonal: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        radius, dims = state["radius"], self._dims(weight, group)
-        length = _norm(orthogonal, dims).clamp_min(EPSILON)
-        weight.sub_(orthogonal * (group["lr"] * radius / length))
-        weight.mul_(radius / _norm(weight, dims).clamp_min(EPSILON))
+        sphere_step(weight, orthogonal, group["lr"], state["radius"], self._dims(weight, group))
 
     def _radius(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
         view = self.views(weight, group)

@@ -54,6 +54,7 @@ def draw_front(front: Front, path: Path) -> None:
             color=COLOURS[0],
             marker="s",
             linestyle="-" if len(front.rewards) == 2 else "",
+            drawstyle="steps-post",  # what the front reaches, as in other figures
             linewidth=1.5,
             markersize=7.5,
             markeredgecolor="white",

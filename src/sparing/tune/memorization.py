@@ -113,7 +113,7 @@ class AverageMinimumDistance:
     sampler: Sampler
     training: Tensor
     features: Features = pixels
-    name: str = "minimum_distance"
+    name: str = "distance"
     maximize: bool = True
 
     def __call__(self, model: nn.Module) -> float:
