@@ -5,8 +5,9 @@ transform of the input: three pixel permutations, rotations, an inversion; two o
 come twice. Encoders are merged, every task keeps its head, and nobody tells the encoder which task
 an input is of. Shown: that data-free routing by input subspaces keeps nearly all of the separate
 models' accuracy where averaging fails, that duplicates and only duplicates share an expert, in any
-order, and how much earlier tasks lose as others arrive. Not shown: that early layers share more, which needs tasks
-with common early features; input transforms make the first layer the most specific one.
+order, and how much earlier tasks lose as others arrive. Not shown: that early layers share more,
+which needs tasks with common early features; input transforms make the first layer the most
+specific one.
 """
 
 import copy

@@ -356,6 +356,7 @@ def run(device: str, seeds: Sequence[int]) -> Evidence:
         verdict=verdict_of(checks, controls),
         notes=f"{len(seeds)} seeds. On digits average activations reach "
         f"{of(digits, 'average activation'):.3f} against {ours:.3f}: the tasks are pure shifts of "
-        "the input, which tell little about gates. The paper's gain over them is on held-out language tasks, which this does "
-        "not test; styles and contents show one way to such a gain.",
+        "the input, which tell little about gates. The paper's gain over them is on held-out "
+        "language tasks, which this does not test; styles and contents show one way to such a "
+        "gain.",
     )

@@ -49,7 +49,7 @@ def _score(tuner: "EPTTuner", adapter_name: str, task: int, inputs: Mapping[str,
     embeddings, found = routers.all_gates().embeddings, []
 
     def watch(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        adapter: Any = layer.adapters[adapter_name]  # type: ignore[index, operator]
+        adapter: Any = layer.adapters[adapter_name]  # type: ignore[index]
         if adapter.pooling is None:
             return
         one = tuner.passes.running or ForwardPass()

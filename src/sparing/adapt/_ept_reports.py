@@ -1,6 +1,6 @@
 """What an EPT adapter is made of: its parameters by kind, and the experts of each task."""
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ class RouteTable:
 
     def size_shares(self, task: int) -> dict[int, float]:
         """How much of a task's weight goes to kernels of each size, over all layers; sums to 1."""
-        shares: Counter[int] = Counter()
+        shares: defaultdict[int, float] = defaultdict(float)
         for by_task in self.routes.values():
             for expert, weight in by_task[task].items():
                 shares[self.kernel_sizes[expert]] += weight / len(self.routes)

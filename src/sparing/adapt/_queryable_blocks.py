@@ -57,12 +57,12 @@ def place_layers(model: nn.Module, names: list[str], block_size: int) -> dict[st
             blocks[home] = Place(block, tuple(range(first, block)), opens)
             count = block + 1
     places = {}
-    for name, home in homes.items():
-        if home is None:
+    for name, stack_block in homes.items():
+        if stack_block is None:
             places[name] = Place(count, (), True)
             count += 1
         else:
-            places[name] = blocks[home]
+            places[name] = blocks[stack_block]
     return places
 
 
