@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from sparing.report import write_forgetting, write_task_table
-from sparing.report.task_tables import task_table_figure
+from sparing.report import Arrivals, write_forgetting, write_task_table
+from sparing.report.task_tables import forgetting_figure, task_table_figure
 
 TASKS = ["a", "$b$", "c"]
 VALUES = {"base": [1.0, 2.0, 3.0], "merged": [0.5, math.nan, 2.5]}
+
+ORDERS = {
+    "one way": Arrivals(["a", "$b$"], [[1.0], [0.9, 0.8]]),
+    "other": Arrivals(["$b$", "a"], [[0.7], [0.6, 1.0]]),
+}
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
@@ -28,9 +33,21 @@ def test_every_cell_says_its_number_and_the_last_is_the_mean() -> None:
     assert labels == ["a", r"\$b\$", "c", "mean"]
 
 
+def test_a_task_looks_the_same_in_every_order() -> None:
+    figure = forgetting_figure(ORDERS, "title", "accuracy")
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines}
+        for axes in figure.axes
+    ]
+    assert looks[0] == looks[1]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[1].lines}
+    assert lines["a"] == [[2.0, 1.0]]
+    assert lines[r"\$b\$"] == [[1.0, 0.7], [2.0, 0.6]]
+    assert lines["mean of those there"] == [[1.0, 0.7], [2.0, 0.8]]
+
+
 def test_files_are_written(tmp_path: Path) -> None:
     write_task_table(tmp_path / "table.png", VALUES, TASKS, "title", higher_is_better=True)
-    curves = {"one way": [[1.0], [0.9, 0.8], [0.9, 0.8, 0.7]], "other": [[0.7], [0.6, 1.0]]}
-    write_forgetting(tmp_path / "curves.png", curves, "title", "accuracy")
+    write_forgetting(tmp_path / "curves.png", ORDERS, "title", "accuracy")
     for name in ("table.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

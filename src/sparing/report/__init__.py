@@ -9,9 +9,10 @@ from sparing.report.gallery import write_gallery
 from sparing.report.html import write_html
 from sparing.report.standing import Standing, standing
 from sparing.report.table import markdown_table, render_table
-from sparing.report.task_tables import write_forgetting, write_task_table
+from sparing.report.task_tables import Arrivals, write_forgetting, write_task_table
 
 __all__ = [
+    "Arrivals",
     "Standing",
     "markdown_table",
     "render_table",

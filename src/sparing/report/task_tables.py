@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,20 +94,28 @@ def task_table_figure(
     return figure
 
 
-def write_forgetting(
-    path: Path,
-    curves: Mapping[str, Sequence[Sequence[float]]],
-    title: str,
-    quantity: str,
-) -> None:
+@dataclass(frozen=True)
+class Arrivals:
+    """Tasks that arrived one after another.
+
+    Arguments:
+        tasks: names, in the order of arrival.
+        curve: after the n-th arrival, the figures of the n tasks so far, in the same order.
+    """
+
+    tasks: Sequence[str]
+    curve: Sequence[Sequence[float]]
+
+
+def write_forgetting(path: Path, orders: Mapping[str, Arrivals], title: str, quantity: str) -> None:
     """Draw what the tasks that have arrived are worth after each arrival, atomically.
 
-    One panel for each order: a thin line for each task from its arrival on, and their mean.
+    One panel for each order: a line for each task from its arrival on, with the same look in all
+    panels, and a thick one for their mean.
 
     Arguments:
         path: PNG to write.
-        curves: by order; after the n-th arrival the n figures of the tasks so far, in the order of
-            their arrival.
+        orders: by name.
         title: above the picture.
         quantity: name of the figures, for the vertical axis.
 
@@ -115,33 +124,50 @@ def write_forgetting(
         CheckpointError: the file cannot be written.
     """
     require("matplotlib")
-    figure = blank_figure((3.6 * len(curves), 3.4))
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
-        _draw_order(axes, curve)
-        axes.set_title(literal(name), fontsize=_NORMAL, color=INK)
-        axes.set_xlabel("tasks arrived", fontsize=_NORMAL, color=INK)
-    panels[0].set_ylabel(quantity, fontsize=_NORMAL, color=INK)
-    panels[-1].legend(fontsize=_SMALL, frameon=False, labelcolor=INK)
-    figure.suptitle(literal(title), fontsize=_LARGE, fontweight="bold", color=INK)
+    figure = forgetting_figure(orders, title, quantity)
     with atomic_path(path) as fresh:
         figure.savefig(fresh, dpi=DPI, format="png")
 
 
-def _draw_order(axes: Axes, curve: Sequence[Sequence[float]]) -> None:
+def forgetting_figure(orders: Mapping[str, Arrivals], title: str, quantity: str) -> Figure:
+    """The figure of `write_forgetting`."""
+    figure = blank_figure((3.4 * len(orders) + 1.6, 3.6))
+    panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(task for one in orders.values() for task in one.tasks))
+    for axes, (name, one) in zip(panels, orders.items(), strict=True):
+        _draw_order(axes, one, names)
+        axes.set_title(literal(name), fontsize=_NORMAL, color=INK)
+        axes.set_xlabel("tasks arrived", fontsize=_NORMAL, color=INK)
+    panels[0].set_ylabel(quantity, fontsize=_NORMAL, color=INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside right center",
+        fontsize=_SMALL,
+        frameon=False,
+        labelcolor=INK,
+    )
+    figure.suptitle(literal(title), fontsize=_LARGE, fontweight="bold", color=INK)
+    return figure
+
+
+def _draw_order(axes: Axes, one: Arrivals, names: Sequence[str]) -> None:
     tidy(axes, fontsize=_SMALL)
-    last = len(curve)
-    for task in range(last):
-        axes.plot(
-            range(task + 1, last + 1),
-            [row[task] for row in curve[task:]],
-            color=COLOURS[task % len(COLOURS)],
-            linestyle=DASHES[task // len(COLOURS) % len(DASHES)].matplotlib,
-            marker=MARKERS[task % len(MARKERS)].matplotlib,
-            linewidth=1.0,
-            markersize=3.5,
-            alpha=0.8,
-        )
-    means = [math.fsum(row) / len(row) for row in curve]
+    last = len(one.curve)
+    for look, name in enumerate(names):
+        if name in one.tasks:
+            place = one.tasks.index(name)
+            axes.plot(
+                range(place + 1, last + 1),
+                [row[place] for row in one.curve[place:]],
+                color=COLOURS[look % len(COLOURS)],
+                linestyle=DASHES[look // len(COLOURS) % len(DASHES)].matplotlib,
+                marker=MARKERS[look % len(MARKERS)].matplotlib,
+                linewidth=1.2,
+                markersize=3.8,
+                label=literal(name),
+            )
+    means = [math.fsum(row) / len(row) for row in one.curve]
     axes.plot(range(1, last + 1), means, color=INK, linewidth=2.4, label="mean of those there")
     axes.set_xticks(range(1, last + 1))
