@@ -6,9 +6,10 @@ are merged into one model by every method, and into a bank of experts in three o
 
     python reproductions/merge_smollm2.py --work /tmp/smollm2 --out evidence/merge-smollm2.json
 
-Takes ten minutes of one processor core; adapters are kept in the work folder. LoRA is started with
-A = 0 and random B, not the other way round: the routing basis is the row space of BA, and an A that
-has hardly left its random start spans directions that have nothing to do with the inputs.
+Takes a quarter of an hour of one processor core; adapters are kept in the work folder. LoRA is
+started with A = 0 and random B, not the other way round: the routing basis is the row space of BA,
+and an A that has hardly left its random start spans directions that have nothing to do with the
+inputs.
 """
 
 import argparse
@@ -254,8 +255,8 @@ def run(work: Path, images: Path | None) -> Evidence:
         "options, one each but for task arithmetic. Some experts are overtrained: on source and C "
         "headers they are worse than the base, and averaging, which shrinks them, helps; so more "
         "than all of their gain can be kept, and the average is a strong baseline here. By default "
-        "no two experts are merged, and then the order can change nothing but rounding: the check of "
-        "orders is weak. The arm without a lower bound for the threshold has no check; it shows "
+        "no two experts are merged, and then the order can change nothing but rounding: the check "
+        "of orders is weak. The arm without a lower bound for the threshold has no check; it shows "
         "where experts would be merged. Run again after the first run, with the same adapters, to "
         "keep whole curves and add that arm; the other figures came out the same.",
     )
