@@ -5,7 +5,6 @@ and takes its place in one step. A kill leaves the bank as it was before the arr
 """
 
 import hashlib
-import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from sparing.merge.experts import ADAPTER_CONFIG, Expert, locate, open_expert
 from sparing.merge.ledger import Ledger, Task
 from sparing.merge.made_it import METHOD, MadeItOptions
 from sparing.merge.skeleton import layout
-from sparing.merge.view import BLOCK_SIZE, Progress, Silent, one_torch_thread
+from sparing.merge.view import BLOCK_SIZE, Progress, Silent, default_threads, one_torch_thread
 from sparing.merge.workspace import RECORD, Workspace, check_places, open_workspace, put_back
 from sparing.shards import Checkpoint
 
@@ -138,11 +137,6 @@ def continue_merge(
                 _step(work, setting, out, one, read_json(out / RECORD))
                 work.publish()
     return out
-
-
-def default_threads() -> int:
-    """One a core, at most 8."""
-    return min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

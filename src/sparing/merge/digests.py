@@ -13,11 +13,8 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file; the hub's cache names its files by it, so these need not be read."""
     if path.is_symlink() and _SHA256.fullmatch(path.resolve().name):
         return path.resolve().name
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Digests:

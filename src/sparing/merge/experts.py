@@ -291,7 +291,7 @@ def require_finite(values: Tensor, file: str, name: str) -> None:
         CheckpointError: there are some.
     """
     # A sum is much cheaper than looking at every number; it may overflow, so look then.
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+    if not math.isfinite(float(values.sum())) and not torch.isfinite(values).all():
         raise CheckpointError(
             f"tensor {name!r} in {file}",
             expected="finite numbers",

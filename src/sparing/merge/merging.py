@@ -17,13 +17,21 @@ from sparing.errors import ConfigError, near_matches
 from sparing.merge import average, dare, made_it, pcb_merging, task_arithmetic, ties
 from sparing.merge.bank_job import Machine, Settings
 from sparing.merge.card import card
-from sparing.merge.continual import begin, default_threads
+from sparing.merge.continual import begin
 from sparing.merge.digests import Digests
 from sparing.merge.experts import Expert, locate, open_expert, shared_files
 from sparing.merge.method import Continual, Method
 from sparing.merge.plan import OnMismatch, Plan, Planner, Vocabulary
 from sparing.merge.reader import DTYPES, Reader, arithmetic_of, warn_of_strangers
-from sparing.merge.view import BLOCK_SIZE, Block, Progress, Silent, View, one_torch_thread
+from sparing.merge.view import (
+    BLOCK_SIZE,
+    Block,
+    Progress,
+    Silent,
+    View,
+    default_threads,
+    one_torch_thread,
+)
 from sparing.merge.workspace import RECORD, check_places, open_workspace
 from sparing.merge.writing import write_shards, write_side_files, write_tasks
 from sparing.shards import Checkpoint, parse_size, plan_shards
@@ -66,7 +74,8 @@ def merge(
         out: folder for the result, which `from_pretrained` loads (of `MadeItModel` for "made-it");
             replaced at the very end, and only if it is new or was written by a merge.
         resume: keep the finished shards of an interrupted run of the same merge.
-        threads: that read, compute and write at a time; None is one a core, at most 8.
+        threads: that read, compute and write at a time; None is one a core, at most 8, less one
+            that hashes.
         max_shard_size: of the files, as bytes or text.
         dtype: of the result's floating tensors; None is the base's.
         arithmetic: to compute in; "auto" is float64 where float32 or float64 weights come in, else
@@ -96,7 +105,7 @@ def merge(
     _check_words(dtype, arithmetic, on_mismatch, vocabulary)
     _check_counts(threads, block_size)
     _check_device(device)
-    threads = threads or default_threads()
+    threads = threads or default_threads(busy=int(hash_inputs))
     most_bytes = parse_size(max_shard_size)
     target, folder = Path(out).expanduser().absolute(), locate(base)
     progress = progress or Silent()

@@ -71,15 +71,23 @@ class Reader:
         for place, (expert, source) in enumerate(
             zip(self._experts, self._plan.tensors[name].sources, strict=True)
         ):
-            delta = torch.zeros_like(weights)
-            if source is not None:
-                has = TensorInfo(self.dtype, self._shapes[place][source]).numel
-                end = max(start, min(stop, has))  # its vocabulary may be shorter
-                if end > start:
-                    found = expert.delta(source, start, end, weights[: end - start])
-                    delta = found if end == stop else torch.cat((found, delta[end - start :]))
-            deltas.append(delta)
+            deltas.append(self._delta(expert, place, source, block, weights))
         return weights, deltas
+
+    def _delta(
+        self, expert: Expert, place: int, source: str | None, block: Block, weights: Tensor
+    ) -> Tensor:
+        """One task vector; 0 where the expert has nothing, as its vocabulary may be shorter."""
+        if source is None:
+            return torch.zeros_like(weights)
+        has = TensorInfo(self.dtype, self._shapes[place][source]).numel
+        end = max(block.start, min(block.stop, has))
+        if end == block.start:
+            return torch.zeros_like(weights)
+        found = expert.delta(source, block.start, end, weights[: end - block.start])
+        if end == block.stop:
+            return found
+        return torch.cat((found, found.new_zeros(block.stop - end)))
 
 
 def warn_of_strangers(reader: Reader, experts: Sequence[Expert]) -> None:

@@ -3,6 +3,7 @@
 The same view looks at files and at tensors in memory, so that a method cannot tell them apart.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from sparing.shards import pieces
 
+_MOST_THREADS = 8
+_LESSON = (32 << 20) - (1 << 16)  # bytes; just under what glibc learns from
 BLOCK_SIZE = 1 << 18  # numbers; small enough for processor caches, large enough for disks
 
 Item = TypeVar("Item")
@@ -150,12 +153,32 @@ def ordered_map(
                 future.cancel()
 
 
+def default_threads(busy: int = 0) -> int:
+    """One a core, at most 8.
+
+    Arguments:
+        busy: cores that something else needs.
+    """
+    return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - busy))
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Our own threads are enough: each of them runs torch on one core."""
+    keep_freed_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_blocks() -> None:
+    """Let the allocator keep the memory of a block for the next one.
+
+    glibc gives large pieces back to the system when they are freed and gets them again as zeroed
+    pages, which took most of the time of a merge. It learns from the largest piece that was ever
+    freed, up to 32 MiB, that such pieces come and go; this one is never touched.
+    """
+    bytes(_LESSON)
