@@ -2,6 +2,8 @@
 
 import copy
 import os
+import sys
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -67,3 +69,22 @@ def base_model(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def clone():
     return copy.deepcopy
+
+
+@pytest.fixture
+def sparing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command in this process; returns its exit code, output and errors."""
+
+    from sparing import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparing", *map(str, arguments)])
+        monkeypatch.setattr(cli, "console", cli.Console(width=200))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        return code if isinstance(code, int) else int(bool(code)), *capfd.readouterr()
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return run

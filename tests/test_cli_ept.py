@@ -1,34 +1,16 @@
 """`sparing tasks`: from two sources to one adapter, and from it to single tasks."""
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 from conftest import token_ids
 
-from sparing import cli, pretrained
+from sparing import pretrained
 
 DATA = ["--data", "code=python-source", "--data", "help=python-topics"]
 SHORT = ["--steps", "4", "--batch-size", "2", "--block-length", "32"]
-
-
-@pytest.fixture
-def sparing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command in this process; returns its exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparing", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", cli.Console(width=200))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        return code if isinstance(code, int) else int(bool(code)), *capfd.readouterr()
-
-    return run
 
 
 def test_from_sources_to_an_adapter_and_to_single_tasks(sparing, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`sparing queryable`: from an adapter to its routing, a plain LoRA and more atoms."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +8,11 @@ import pytest
 import torch
 from conftest import perturb
 
-from sparing import cli, pretrained
+from sparing import pretrained
 from sparing.adapt import QueryableLoRAConfig
 
 SMALL = ["--block-length", "32"]
 TRAIN = [*SMALL, "--data", "python-topics", "--steps", "2", "--batch-size", "2"]
-
-
-@pytest.fixture
-def sparing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command in this process; returns its exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparing", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", cli.Console(width=200))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        return code if isinstance(code, int) else int(bool(code)), *capfd.readouterr()
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return run
 
 
 def write(folder: Path, config: peft.PeftConfig) -> Path:

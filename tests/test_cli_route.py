@@ -1,34 +1,13 @@
 """`sparing route`: from two adapters to a routed model, its text and its statistics."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from sparing import cli
-
 GATES = ["--steps", "2", "--batch-size", "2", "--block-length", "32"]
 DATA = ["--data", "code=python-source", "--data", "help=python-topics"]
-
-
-@pytest.fixture
-def sparing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command in this process; returns its exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparing", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", cli.Console(width=200))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        return code if isinstance(code, int) else int(bool(code)), *capfd.readouterr()
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return run
 
 
 @pytest.fixture

@@ -11,17 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparing.adapt.mos import MoSTuner, adapted_layers, shard_pools
 from sparing.checkpoint import atomic_path
-
-_CARRIED_OVER = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-)
+from sparing.lora_files import CARRIED_OVER
 
 
 def export_lora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
@@ -59,7 +49,7 @@ def export_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defau
         lora_dropout=config.lora_dropout,
         fan_in_fan_out=transposed,
         inference_mode=True,
-        **{option: getattr(config, option) for option in _CARRIED_OVER},
+        **{option: getattr(config, option) for option in CARRIED_OVER},
     )
     with atomic_path(Path(folder)) as fresh:
         fresh.mkdir()

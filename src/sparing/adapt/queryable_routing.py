@@ -16,20 +16,9 @@ from sparing.adapt._queryable_memory import Memory, Routing
 from sparing.adapt.queryable_lora import QueryableLoRATuner
 from sparing.errors import ConfigError, DataError
 from sparing.forward_pass import ForwardPass
-from sparing.lora_files import write_lora
+from sparing.lora_files import CARRIED_OVER, write_lora
 from sparing.routing import entropy
 from sparing.tuners import TunerLayer
-
-_CARRIED_OVER = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-)
 
 
 @dataclass(frozen=True)
@@ -298,5 +287,5 @@ def _write(
         extra=extra,
         r=config.r,
         lora_alpha=config.lora_alpha,
-        **{option: getattr(config, option) for option in _CARRIED_OVER},
+        **{option: getattr(config, option) for option in CARRIED_OVER},
     )

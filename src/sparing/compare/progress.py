@@ -6,13 +6,12 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
-    BarColumn,
     MofNCompleteColumn,
     TextColumn,
 )
-from rich.progress import Progress as Bars
 
 from sparing.compare.jobs import Job
+from sparing.progress import progress_line
 
 
 class Progress(Protocol):
@@ -53,14 +52,8 @@ class Live:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+        self._bars = progress_line(
+            console, MofNCompleteColumn(), TextColumn("{task.fields[state]}")
         )
         self._task = self._bars.add_task("starting", total=None, state="")
         self._steps_left = 0

@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
+
+from sparing.progress import progress_line
 
 
 class Live:
@@ -19,15 +20,7 @@ class Live:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bars = progress_line(console, TaskProgressColumn(), TimeRemainingColumn())
         self._task = self._bars.add_task("reading headers", total=None)
         self._open = ExitStack()
 

@@ -205,8 +205,3 @@ def _of_last_block(name: str, known: dict[str, ParameterInfo]) -> ParameterInfo 
             if twin is not None:
                 return twin
     return None
-
-
-def fan_in_std(info: ParameterInfo, gain: float = 1.0) -> float:
-    """gain / √inputs."""
-    return float(gain / info.inputs**0.5)

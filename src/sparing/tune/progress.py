@@ -3,10 +3,10 @@
 import statistics
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bars
+from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 
+from sparing.progress import progress_line
 from sparing.tune.front import Front
 
 
@@ -20,14 +20,8 @@ class Live:
 
     def __init__(self, console: Console, trials: int) -> None:
         self._console, self._trials = console, trials
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+        self._bars = progress_line(
+            console, MofNCompleteColumn(), TextColumn("{task.fields[state]}")
         )
         self._task = self._bars.add_task("searching", total=trials, state="")
 
