@@ -1,54 +1,66 @@
 """`sparing plan`: what a scaling rule does with every parameter of a model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sparing.errors import ConfigError
+from sparing.errors import ConfigError, near_matches
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="The target: hub id, folder or config.json.")],
-    eta0: Annotated[float, typer.Option(help="Learning rate tuned in the base run.")],
-    method: Annotated[str, typer.Option(help="hyperp.")] = "hyperp",
-    base_depth: Annotated[int, typer.Option(help="Blocks of the base run.")] = 8,
-    base_tokens: Annotated[float, typer.Option(help="Training tokens of the base run.")] = 10.4e9,
-    base_batch: Annotated[float, typer.Option(help="Tokens a step of the base run.")] = 2.0**21,
-    tokens: Annotated[float | None, typer.Option(help="Training tokens of the target.")] = None,
-    batch: Annotated[float | None, typer.Option(help="Tokens a step of the target.")] = None,
+    base: Annotated[str, typer.Option(help="Tuned model: config JSON, folder or hub id.")],
+    target: Annotated[str, typer.Option(help="Model to plan for: config JSON, folder or hub id.")],
+    lr: Annotated[float, typer.Option(help="Learning rate of matrices, tuned in the base run.")],
+    method: Annotated[str, typer.Option(help="hyperp, wd-scaling or muon-mup.")] = "hyperp",
+    aux_lr: Annotated[
+        float | None, typer.Option(help="Of embeddings and vectors; as --lr where not given.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Tuned in the base run.")] = 0.1,
+    base_tokens: Annotated[float | None, typer.Option(help="Tokens of the base run.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the run to come.")] = None,
+    base_batch: Annotated[float | None, typer.Option(help="Its tokens a step.")] = None,
+    batch: Annotated[float | None, typer.Option(help="Tokens a step of the run to come.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the plan, as JSON.")] = None,
 ) -> None:
     """Plan learning rates, decay and initialisation for a model, without loading its weights."""
-    if method != "hyperp":
-        raise ConfigError(
-            "method", expected="hyperp", found=repr(method), mend="Others are planned."
-        )
     from rich.table import Table
 
     from sparing.checkpoint import write_json
     from sparing.cli import _quiet_libraries, console
 
     _quiet_libraries()
-    import torch
+    from sparing.scale.planners import PLANNERS
+    from sparing.scale.settings import PlanSettings
 
-    from sparing import pretrained
-    from sparing.scale import HyperP, hyperp_plan
-
-    file = Path(model)
-    source = str(file.parent) if file.name == "config.json" else pretrained.resolve(model)
-    with torch.device("meta"):
-        target = pretrained.architecture(source)
-    law = HyperP(eta0, depth=base_depth, tokens=base_tokens, batch=base_batch)
-    planned = hyperp_plan(target, law, tokens=tokens, batch=batch)
-    table = Table("parameter", "shape", "step", "rate", "init", "why")
+    if method not in PLANNERS:
+        raise ConfigError(
+            "method",
+            expected=f"one of {', '.join(PLANNERS)}",
+            found=repr(method),
+            mend=near_matches(method, sorted(PLANNERS)),
+        )
+    settings = PlanSettings(lr, aux_lr, weight_decay, base_tokens, tokens, base_batch, batch)
+    planned = PLANNERS[method](_without_weights(base), _without_weights(target), settings)
+    table = Table("parameter", "shape", "step", "rate", "decay", "init", "multiplier", "why")
     for row in planned.rows():
         std = "" if row["init_std"] is None else f"{row['init_std']:.3g}"
         shape = "×".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["algorithm"], f"{row['lr']:.3g}", std, row["why"])
+        numbers = f"{row['lr']:.3g}", f"{row['weight_decay']:.3g}", std, f"{row['multiplier']:.3g}"
+        table.add_row(row["name"], shape, row["algorithm"], *numbers, row["why"])
     console.print(table)
     for note in planned.notes:
         console.print(note, soft_wrap=True, highlight=False)
     if out is not None:
         write_json(out, planned.to_json())
         console.print(f"plan: {out}", soft_wrap=True, highlight=False)
+
+
+def _without_weights(model: str) -> Any:
+    import torch
+
+    from sparing import pretrained
+
+    source = model if Path(model).is_file() else pretrained.resolve(model)
+    with torch.device("meta"):
+        return pretrained.architecture(source)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparing.checkpoint import atomic_path
@@ -82,9 +83,32 @@ def check(source: str) -> None:
 
 
 def architecture(source: str) -> nn.Module:
-    """The model without its weights, on the device in force; errors as for `load`."""
+    """The model without its weights, on the device in force; errors as for `load`.
+
+    Arguments:
+        source: what `resolve` returned, or a configuration file. The configuration's own class is
+            built, such as `ViTForImageClassification`; a causal language model where it names none.
+    """
     with _naming(source, source):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if named is not None:
+            return named(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def save(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write a model of `transformers` whose weights have been gathered from several processes.
+
+    Arguments:
+        model: without the wrappers of training.
+        folder: to write to.
+        weights: all of them, by name; tied ones, which gathering makes copies of, are kept once.
+    """
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    kept = {name: tensor for name, tensor in weights.items() if name not in tied}
+    model.save_pretrained(str(folder), state_dict=kept)
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from sparing.errors import ConfigError
 from sparing.scale.parameters import ParameterInfo, Role, classify
 from sparing.scale.planning import Plan, PlannedParameter
+from sparing.scale.settings import PlanSettings
 from sparing.surgery import block_names
 
 EMBEDDING_STD, TIED_STD, HEAD_STD = 1e-4, 0.02, 0.02
@@ -104,6 +105,7 @@ def hyperp_plan(
     *,
     tokens: float | None = None,
     batch: float | None = None,
+    aux_eta0: float | None = None,
     overrides: dict[str, Role] | None = None,
 ) -> Plan:
     """What HyperP does with every parameter of a model.
@@ -115,18 +117,14 @@ def hyperp_plan(
         model: on any device, the meta device included; its blocks are its depth.
         law: with the base run.
         tokens, batch: of the run to come; those of the base run where not given.
+        aux_eta0: base learning rate off the spheres and of the head; None for `law.eta0`, which
+            is the paper's single rate.
         overrides: roles of parameters that are not known.
     """
-    depth = len(block_names(model))
-    if not depth:
-        raise ConfigError(
-            type(model).__name__,
-            expected="a model of repeated blocks",
-            found="none",
-            mend="HyperP scales with depth; give the model a ModuleList of blocks.",
-        )
+    depth = _depth(model)
     run: dict[str, Any] = {"depth": depth, "tokens": tokens, "batch": batch}
-    rates = law.lr(**run), law.lr(**run, aux=True)
+    aux = law if aux_eta0 is None else replace(law, eta0=aux_eta0)
+    rates = law.lr(**run), aux.lr(**run, aux=True)
     infos = classify(model, overrides)
     rows = tuple(_planned(info, rates, 1 / math.sqrt(2 * depth)) for info in infos.values())
     notes = [f"{depth} blocks: learning rate {rates[0]:.3g} on spheres, {rates[1]:.3g} elsewhere"]
@@ -141,6 +139,31 @@ def hyperp_plan(
 def hyperp_param_groups(model: nn.Module, law: HyperP, **options: Any) -> list[dict[str, Any]]:
     """Groups for `MuonH`; see `hyperp_plan` for the options."""
     return hyperp_plan(model, law, **options).param_groups(model)
+
+
+def hyperp_planner(base: nn.Module, target: nn.Module, settings: PlanSettings) -> Plan:
+    """HyperP's plan of a target model, by the depth of the base and the sizes of both runs."""
+    law = HyperP(
+        settings.lr,
+        depth=_depth(base),
+        tokens=settings.base_tokens or HyperP.tokens,
+        batch=settings.base_batch or HyperP.batch,
+    )
+    return hyperp_plan(
+        target, law, tokens=settings.tokens, batch=settings.batch, aux_eta0=settings.aux_lr
+    )
+
+
+def _depth(model: nn.Module) -> int:
+    depth = len(block_names(model))
+    if not depth:
+        raise ConfigError(
+            type(model).__name__,
+            expected="a model of repeated blocks",
+            found="none",
+            mend="HyperP scales with depth; give the model a ModuleList of blocks.",
+        )
+    return depth
 
 
 def _planned(info: ParameterInfo, rates: tuple[float, float], residual: float) -> PlannedParameter:
