@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from sparing.checkpoint import put_in_place, read_json, unwritable, write_json
 from sparing.errors import CheckpointError, ConfigError
+from sparing.merge.checksum import checksum
 from sparing.merge.view import Block, ordered_map
 from sparing.shards import SafetensorsFile, Shard, as_bytes
 
@@ -55,7 +55,7 @@ class Workspace:
         try:
 
             def unchanged(piece: list[Any]) -> bool:
-                return zlib.crc32(as_bytes(file.read(*piece[:3]))) == piece[3]
+                return checksum(as_bytes(file.read(*piece[:3]))) == piece[3]
 
             return file.tensors == dict(shard.tensors) and all(
                 ordered_map(unchanged, read_json(journal), threads)

@@ -1,7 +1,6 @@
 """Writes the files of a merged model: shards block by block, task heads, config and tokenizer."""
 
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sparing.checkpoint import write_json
 from sparing.merge.card import changed_config, side_files
+from sparing.merge.checksum import checksum
 from sparing.merge.experts import Expert, require_finite
 from sparing.merge.view import Block, View, ordered_map
 from sparing.merge.workspace import Workspace
@@ -58,7 +58,7 @@ def write_shard(
         result = value(block).to("cpu", shard.tensors[block.tensor].dtype)
         if result.is_floating_point():
             require_finite(result, "the result", block.tensor)
-        return block, zlib.crc32(writer.write(block.tensor, block.start, result))
+        return block, checksum(writer.write(block.tensor, block.start, result))
 
     written = []
     try:
