@@ -1,6 +1,9 @@
-"""Put the results of a run into README.md and the docs, and the evidence into its chapter.
+"""Put the results of runs into README.md and the docs, and the evidence into its chapter.
 
-python docs/render.py runs/picture
+python docs/render.py runs/demo runs/all-small runs/all-large
+
+The first run is the one of README.md. The others go into docs/gallery.md, each between the marks
+that bear its folder's name.
 """
 
 import re
@@ -12,29 +15,42 @@ from sparing.compare.results import Results
 from sparing.report import markdown_table, standing, write_gallery
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKS = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
+GALLERY = ROOT / "docs" / "gallery.md"
 
 
-def main(run: Path) -> None:
-    """Render one finished comparison and all records under evidence/."""
-    results = Results.load(run / "results.json")
-    images = ROOT / "docs" / "images"
-    images.mkdir(exist_ok=True)
-    shutil.copy(run / "overview.png", images / "overview.png")
-    shutil.copy(run / "results.json", ROOT / "docs" / "results-smollm2.json")
+def main(demo: Path, *others: Path) -> None:
+    """Render finished comparisons and all records under evidence/."""
+    for run, name in ((demo, "smollm2"), *((other, other.name) for other in others)):
+        results = Results.load(run / "results.json")
+        images = ROOT / "docs" / "images"
+        images.mkdir(exist_ok=True)
+        picture = "overview.png" if run == demo else f"{name}.png"
+        shutil.copy(run / "overview.png", images / picture)
+        shutil.copy(run / "results.json", ROOT / "docs" / f"results-{name}.json")
+        mark = "table" if run == demo else f"table {name}"
+        for page in (ROOT / "README.md", GALLERY) if run == demo else (GALLERY,):
+            fill(page, mark, table(results))
+    write_gallery(ROOT / "evidence", ROOT / "docs")
+    (ROOT / "docs" / "evidence.html").unlink()  # the chapter is enough; the page has plots besides
+
+
+def table(results: Results) -> str:
+    """Who stands where, the table, and what was run."""
     settings = results.settings
-    table = (
+    return (
         f"{standing(results)}\n\n{markdown_table(results)}\n"
         f"*{results.model['name']} on {results.data['name']}, {settings['steps']} steps of "
         f"{settings['batch_size'] * settings['block_length']} tokens, one learning rate of three "
         f"a method; {results.environment['device']}.*\n"
     )
-    for page in (ROOT / "README.md", ROOT / "docs" / "gallery.md"):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(MARKS.sub(lambda m: m[1] + "\n" + table + "\n" + m[2], text))
-    write_gallery(ROOT / "evidence", ROOT / "docs")
-    (ROOT / "docs" / "evidence.html").unlink()  # the chapter is enough; the page has plots besides
+
+
+def fill(page: Path, mark: str, content: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->`."""
+    marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(marks.sub(lambda m: f"{m[1]}\n{content}\n{m[2]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -124,9 +124,9 @@ def test_scores_that_are_no_numbers_count_but_never_win(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_storage_of_another_search_is_refused(tmp_path: Path) -> None:
     search(lambda _: 1.0, Space(2), tmp_path / "s.db", budget=1)
-    with pytest.raises(CheckpointError, match="trials of this search"):
+    with pytest.raises(CheckpointError, match="trials with space"):
         search(lambda _: 1.0, Space(3), tmp_path / "s.db", budget=1)
-    with pytest.raises(CheckpointError, match="trials of this search"):
+    with pytest.raises(CheckpointError, match="trials with directions"):
         search(lambda _: 1.0, Space(2), tmp_path / "s.db", budget=1, maximize=False)
     (tmp_path / "text.db").write_text("not a database")
     with pytest.raises(CheckpointError, match="database"):

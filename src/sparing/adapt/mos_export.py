@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from sparing.adapt.mos import MoSTuner, adapted_layers, shard_pools
-from sparing.checkpoint import atomic_path
-from sparing.lora_files import CARRIED_OVER
+from sparing.lora_files import CARRIED_OVER, write_lora
 
 
 def export_lora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
@@ -31,28 +29,24 @@ def export_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defau
     """
     shard_pools(model, adapter_name)
     config: Any = model.peft_config[adapter_name]
-    tensors = {
+    extra = {
         key: tensor
         for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
         if f".{MoSTuner.prefix}" not in key
     }
-    transposed = False
-    for name, layer, adapter in adapted_layers(model, adapter_name):
+    factors, transposed = {}, False
+    for name, layer, adapter in adapted_layers(model.get_base_model(), adapter_name):
         with torch.no_grad():
             a, b = adapter.factors(adapter.pool.a.dtype)
-        tensors[f"{name}.lora_A.weight"] = a
-        tensors[f"{name}.lora_B.weight"] = b.t() / adapter.scaling
+        factors[name] = a, b.t() / adapter.scaling
         transposed |= isinstance(layer.get_base_layer(), Conv1D)
-    lora = LoraConfig(
+    write_lora(
+        folder,
+        factors,
+        transposed=transposed,
+        extra=extra,
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        fan_in_fan_out=transposed,
-        inference_mode=True,
         **{option: getattr(config, option) for option in CARRIED_OVER},
     )
-    with atomic_path(Path(folder)) as fresh:
-        fresh.mkdir()
-        lora.save_pretrained(str(fresh))
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, fresh / "adapter_model.safetensors", metadata={"format": "pt"})

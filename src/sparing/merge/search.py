@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparing.checkpoint import unwritable
-from sparing.errors import CheckpointError, ConfigError, MissingExtraError
+from sparing.errors import ConfigError, MissingExtraError
+from sparing.studies import bind, open_study, require_optuna
 
 Sampler = Literal["cma-es", "tpe"]
 
@@ -112,13 +112,9 @@ def search(
     """
     _require("budget", budget >= 1, budget, "at least 1")
     _require("sampler", sampler in ("cma-es", "tpe"), sampler, "'cma-es' or 'tpe'")
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingExtraError.of("optuna", "merge") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = _open(optuna, storage, maximize)
-    _check_space(study, space, storage)
+    optuna = require_optuna("merge")
+    study = open_study(optuna, storage, "merge", ["maximize" if maximize else "minimize"])
+    bind(study, storage, {"space": repr(space)})
     done = _finished(optuna, study)
     study.sampler = _sampler(optuna, sampler, space, seed + done)
     if not study.trials:
@@ -131,50 +127,6 @@ def search(
         else:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
     return _best(optuna, study, space)
-
-
-def _open(optuna: Any, storage: str | Path, maximize: bool) -> Any:
-    address = str(storage)
-    if "://" not in address:
-        path = Path(storage).expanduser()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        address = f"sqlite:///{path}"
-    direction = "maximize" if maximize else "minimize"
-    try:
-        study = optuna.create_study(
-            storage=address, study_name="merge", direction=direction, load_if_exists=True
-        )
-    except Exception as error:  # of any database
-        raise CheckpointError(
-            f"storage {address}",
-            expected="a database of optuna, or a path for a new one",
-            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            mend="Choose another path.",
-        ) from error
-    if study.direction.name.lower() != direction:
-        raise _other_search(storage, f"one that does not {direction}")
-    return study
-
-
-def _check_space(study: Any, space: Space, storage: str | Path) -> None:
-    described = repr(space)
-    known = study.user_attrs.get("space")
-    if known is None:
-        study.set_user_attr("space", described)
-    elif known != described:
-        raise _other_search(storage, known)
-
-
-def _other_search(storage: str | Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"storage {storage}",
-        expected="trials of this search",
-        found=found,
-        mend="Choose another file, or search the same space.",
-    )
 
 
 def _sampler(optuna: Any, name: Sampler, space: Space, seed: int) -> Any:
