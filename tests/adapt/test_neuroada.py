@@ -17,11 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparing.adapt.neuroada as neuroada_module
 import sparing.adapt.neuroada_gradients as gradients_module
-import sparing.tuners as tuners_module
 from sparing.adapt import NeuroAdaConfig, gradient_scores, lost_to_rounding, select_by_gradient
 from sparing.adapt.neuroada import NeuroAdaAdapter
 from sparing.errors import CheckpointError, ConfigError
-from sparing.tuners import matrix_view
+from sparing.tuners import TunerLayer, layers, matrices, matrix_view, tuner
 
 
 class Net(nn.Module):
@@ -56,7 +55,7 @@ def adapters(model: nn.Module) -> dict[str, tuple[nn.Module, NeuroAdaAdapter]]:
     return {
         name.removeprefix("base_model.model."): (layer.get_base_layer(), layer.adapters["default"])
         for name, layer in model.named_modules()
-        if isinstance(layer, tuners_module.TunerLayer)
+        if isinstance(layer, TunerLayer)
     }
 
 
@@ -572,7 +571,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Net:
     def resolve(layer: nn.Module) -> QuantizationBackend | None:
         return PackedBackend() if isinstance(layer, PackedLinear) else None
 
-    for module in (neuroada_module, gradients_module, tuners_module):
+    for module in (neuroada_module, gradients_module, layers, matrices, tuner):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = net()
     for block in model.blocks:
