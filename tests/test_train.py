@@ -208,6 +208,45 @@ def test_a_diverged_loss_is_an_error(rate: float) -> None:
         train(adapted("lora"), blocks(), replace(PLAN, learning_rate=rate))
 
 
+def test_an_optimizer_of_ones_own_follows_the_schedule_in_every_group() -> None:
+    seen: list[list[float]] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            seen.append([group["lr"] for group in self.param_groups])
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        first, *rest = model.parameters()
+        return Watched([{"params": [first], "lr": 0.2}, {"params": rest, "lr": 0.01}])
+
+    plan = replace(PLAN, final=0.25, warmup=0.0)
+    train(small_llama(), blocks(), plan, make_optimizer=make)
+    factors = [plan.rate_factor(step) for step in range(plan.steps)]
+    assert seen == [[pytest.approx(0.2 * f), pytest.approx(0.01 * f)] for f in factors]
+    assert factors[0] == 1.0
+    assert factors[-1] > 0.25
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_changes_anything(tmp_path) -> None:
+    model = small_llama()
+    calls: list[int] = []
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return grad * torch.nan if len(calls) == 3 else grad
+
+    model.get_parameter("model.norm.weight").register_hook(poison)
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(DivergedError, match="norm of the gradient"):
+        train(model, blocks(), PLAN, checkpoint=file, checkpoint_seconds=0)
+    kept = torch.load(file, weights_only=True)
+    assert len(kept["history"]["losses"]) == 2
+    assert_equal({n: kept["weights"][n] for n, _ in model.named_parameters()},
+                 {n: p.detach() for n, p in model.named_parameters()})  # fmt: skip
+    moments = [t for state in kept["moments"]["state"].values() for t in state.values()]
+    assert all(bool(torch.isfinite(t).all()) for t in moments)
+
+
 def saved(folder: Path) -> Path:
     file = folder / "checkpoint.pt"
     train(adapted("hut"), blocks(), PLAN, checkpoint=file, checkpoint_seconds=0)

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sparing.cli_check import check as check_widths
 from sparing.cli_ept import app as tasks
 from sparing.cli_modes import app as modes
+from sparing.cli_pretrain import pretrain, sweep
 from sparing.cli_queryable import app as queryable
 from sparing.cli_route import app as route
 from sparing.cli_scale import plan
 from sparing.cli_search import search
+from sparing.cli_transfer import transfer
 from sparing.errors import ConfigError, SparingError
 
 app = typer.Typer(
@@ -27,6 +30,10 @@ app.add_typer(modes, name="modes")
 app.add_typer(tasks, name="tasks")
 app.command()(search)
 app.command()(plan)
+app.command()(pretrain)
+app.command()(sweep)
+app.command()(transfer)
+app.command("check")(check_widths)
 console = Console()
 
 ModelArgument = Annotated[

@@ -21,6 +21,13 @@ def plan(
     tokens: Annotated[float | None, typer.Option(help="Tokens of the run to come.")] = None,
     base_batch: Annotated[float | None, typer.Option(help="Its tokens a step.")] = None,
     batch: Annotated[float | None, typer.Option(help="Tokens a step of the run to come.")] = None,
+    decay_exponent: Annotated[
+        float, typer.Option("--p", help="wd-scaling: decay grows as width to this power.")
+    ] = 0.5,
+    one_sided_exponent: Annotated[
+        float | None,
+        typer.Option("--one-sided-p", help="The same where one side grows; else half of --p."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the plan, as JSON.")] = None,
 ) -> None:
     """Plan learning rates, decay and initialisation for a model, without loading its weights."""
@@ -40,7 +47,8 @@ def plan(
             found=repr(method),
             mend=near_matches(method, sorted(PLANNERS)),
         )
-    settings = PlanSettings(lr, aux_lr, weight_decay, base_tokens, tokens, base_batch, batch)
+    runs = base_tokens, tokens, base_batch, batch
+    settings = PlanSettings(lr, aux_lr, weight_decay, *runs, decay_exponent, one_sided_exponent)
     planned = PLANNERS[method](_without_weights(base), _without_weights(target), settings)
     table = Table("parameter", "shape", "step", "rate", "decay", "init", "multiplier", "why")
     for row in planned.rows():

@@ -97,6 +97,31 @@ def architecture(source: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+def load_whole(source: str) -> PreTrainedModel:
+    """The model of the configuration's own class, in evaluation mode; its tokenizer is not needed.
+
+    Arguments:
+        source: what `resolve` returned.
+
+    Raises:
+        ConfigError: no such model.
+        CheckpointError: damaged weights, or those of another model.
+    """
+    with torch.device("meta"):
+        kind: Any = type(architecture(source))
+    with _naming(source, source):
+        model, report = kind.from_pretrained(source, output_loading_info=True)
+    wrong = [name for what in ("missing", "unexpected") for name in report[f"{what}_keys"]]
+    if wrong:
+        raise CheckpointError(
+            source,
+            expected=f"the tensors of {kind.__name__}",
+            found=f"{len(wrong)} missing or foreign ones, such as {sorted(wrong)[0]!r}",
+            mend="Weights and config.json belong to different models; save the model again.",
+        )
+    return model.eval()
+
+
 def save(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
     """Write a model of `transformers` whose weights have been gathered from several processes.
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sparing.checkpoint import atomic_path
@@ -29,6 +30,7 @@ from sparing.errors import CheckpointError, ConfigError, SparingError
 from sparing.tuners import Tuner
 
 Schedule = Literal["linear", "cosine", "constant"]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class DivergedError(SparingError, ArithmeticError):
@@ -48,6 +50,7 @@ class TrainPlan:
         weight_decay: decoupled (AdamW).
         clip: largest norm of the gradient.
         seed: of data order and dropout.
+        final: the learning rate that linear and cosine schedules end at, relative to the peak.
     """
 
     steps: int
@@ -58,6 +61,7 @@ class TrainPlan:
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
+    final: float = 0.0
 
     def rate_factor(self, step: int) -> float:
         """The learning rate of a step, counted from 0, relative to the peak."""
@@ -65,9 +69,10 @@ class TrainPlan:
         if step < warmup:
             return (step + 1) / warmup
         done = (step - warmup) / max(1, self.steps - warmup)
-        if self.schedule == "linear":
-            return 1 - done
-        return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
+        if self.schedule == "constant":
+            return 1.0
+        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.final + (1 - self.final) * left
 
 
 @dataclass
@@ -84,6 +89,7 @@ def train(
     plan: TrainPlan,
     accelerator: Accelerator | None = None,
     *,
+    make_optimizer: MakeOptimizer | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -95,6 +101,8 @@ def train(
         data: blocks to learn from.
         plan: how.
         accelerator: devices and processes; by default this process and its best device.
+        make_optimizer: for the model; the learning rates of its groups are their peaks. By
+            default AdamW with the plan's rate and decay.
         checkpoint: file to resume from and to save to; removed by the caller when done with.
         checkpoint_seconds: the least time between two saves.
         on_step: called with the step (from 1) and its loss.
@@ -104,7 +112,7 @@ def train(
         before an interruption.
 
     Raises:
-        DivergedError: a loss is NaN or infinite.
+        DivergedError: a loss or the norm of a gradient is NaN or infinite; the step is not taken.
         ConfigError: the batch does not divide by the number of processes.
         CheckpointError: the checkpoint belongs to another plan or is damaged.
     """
@@ -113,11 +121,8 @@ def train(
     torch.manual_seed(plan.seed)
     _keep_own_indices(model)
     tuners = [module for module in model.modules() if isinstance(module, Tuner)]
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=plan.learning_rate,
-        weight_decay=plan.weight_decay,
-    )
+    optimizer: Any = (make_optimizer or _adamw(plan))(model)
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
     past: dict[str, Any] | None = None
     if checkpoint is not None and checkpoint.exists():
         past = _read(checkpoint, plan, is_sharded(accelerator))
@@ -135,12 +140,15 @@ def train(
     model.train()
     for step in range(len(history.losses), plan.steps):
         start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * plan.rate_factor(step)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * plan.rate_factor(step)
         loss = _backward(model, data.take(order[step]), accelerator, tuners)
         for tuner in tuners:
             tuner.before_step()
-        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], plan.clip)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = accelerator.clip_grad_norm_(trained, plan.clip)
+        if accelerator.scaler is None:  # which would expect such gradients, and skip their steps
+            _require_finite("norm of the gradient", float(_whole(norm)))
         optimizer.step()
         for tuner in tuners:
             tuner.after_step(step + 1, plan.steps, optimizer)
@@ -152,6 +160,14 @@ def train(
             _save(checkpoint, model, optimizer, plan, history, accelerator)
             saved = time.monotonic()
     return model, history
+
+
+def _adamw(plan: TrainPlan) -> MakeOptimizer:
+    return lambda model: torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+    )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -207,14 +223,23 @@ def _backward(
         objective = objective if extra is None else objective + extra
     accelerator.backward(objective)
     loss = float(accelerator.reduce(local.detach(), "sum"))
-    if not math.isfinite(loss):
+    _require_finite("training loss", loss)
+    return loss
+
+
+def _whole(value: Any) -> Any:
+    """A number that FSDP2 has left spread over the processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _require_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
         raise DivergedError(
-            "training loss",
+            what,
             expected="a finite number",
-            found=str(loss),
+            found=str(value),
             mend="Try a smaller learning rate.",
         )
-    return loss
 
 
 def _share(batch: Batch, accelerator: Accelerator) -> Batch:

@@ -21,6 +21,7 @@ from sparing import cli, train
 from sparing.compare import compare, jobs
 from sparing.compare.competitors import split_methods
 from sparing.compare.progress import Silent
+from sparing.work import Stopped
 
 
 class Interrupting(Silent):
@@ -32,7 +33,7 @@ class Interrupting(Silent):
     def step(self, job: jobs.Job, step: int, loss: float) -> None:
         self.steps.append((job.method, step))
         if step == 3 and self.steps.count((job.method, step)) == 1:
-            raise jobs.Stopped
+            raise Stopped
 
 
 def main(folder: Path, methods: str) -> None:
@@ -48,7 +49,7 @@ def main(folder: Path, methods: str) -> None:
         try:
             results = compare(settings, folder=folder, progress=progress)
             break
-        except jobs.Stopped:
+        except Stopped:
             continue
     assert [row.error for row in results.rows] == [None] * len(results.rows)
     # Step 3 was seen before and after the interruption, steps 1 and 2 only before.

@@ -14,8 +14,8 @@ from _small import SMALL
 from peft import PeftModel
 from safetensors import safe_open
 
-from sparing import pretrained
-from sparing.compare import Results, Settings, compare, executors, jobs
+from sparing import executors, pretrained
+from sparing.compare import Results, Settings, compare, jobs
 from sparing.compare.jobs import load_blocks
 from sparing.errors import CheckpointError, ConfigError
 from sparing.train import evaluate

@@ -11,8 +11,9 @@ import pytest
 import torch
 from _small import SMALL, numbers
 
+from sparing import executors
 from sparing.checkpoint import UnwritableError
-from sparing.compare import compare, executors
+from sparing.compare import compare
 from sparing.compare.jobs import Job
 from sparing.compare.progress import Silent
 from sparing.errors import ConfigError

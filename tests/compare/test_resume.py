@@ -12,7 +12,8 @@ import pytest
 from _small import ARGUMENTS, SMALL, numbers
 from safetensors.torch import load_file
 
-from sparing.compare import Results, compare, executors
+from sparing import executors
+from sparing.compare import Results, compare
 
 MOMENTS = (
     "base/result.json",

@@ -325,23 +325,37 @@ def test_nan_does_not_poison_the_momentum():
     assert torch.isfinite(weight).all()
 
 
-def test_trains_in_a_trainer(tmp_path):
-    model = llama()
+@pytest.mark.parametrize("kind", [MuonH, AdamH])
+def test_a_trainer_trains_saves_and_resumes_to_the_same_bits(kind, tmp_path):
     ids = torch.randint(0, 19, (16, 12), generator=torch.Generator().manual_seed(0))
-    before = model(ids, labels=ids).loss.item()
-    optimizer = MuonH(hyperp_param_groups(model, HyperP(0.03, depth=2)))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=8, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-        optimizers=(optimizer, schedule),
-    ).train()
-    assert model(ids, labels=ids).loss.item() < before - 0.1
+
+    def trained(resume: str | None) -> transformers.LlamaForCausalLM:
+        model = llama()
+        optimizer = kind(hyperp_param_groups(model, HyperP(0.03, depth=2)))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=8, report_to=[],
+            save_strategy="steps", save_steps=6, use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            optimizers=(optimizer, schedule),
+        ).train(resume_from_checkpoint=resume)
+        return model
+
+    before = llama()(ids, labels=ids).loss.item()
+    straight = trained(None)
+    assert straight(ids, labels=ids).loss.item() < before - 0.1
+    resumed = trained(str(tmp_path / "checkpoint-6"))
+    for name, parameter in straight.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), parameter), name
+
+
+def test_construction_keeps_no_state_of_parameters_that_fsdp_will_replace():
+    weights = [nn.Parameter(numbers(4, 6).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert not MuonH(weights, lr=0.1).state
 
 
 # SqrtGate

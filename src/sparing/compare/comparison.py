@@ -1,8 +1,6 @@
 """Size every competitor, train it at each learning rate, measure the best, and tell."""
 
-import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,15 +13,16 @@ from sparing import pretrained
 from sparing.budget import Budget, Unit
 from sparing.checkpoint import read_json, write_json
 from sparing.compare.competitors import Competitor, competitor
-from sparing.compare.executors import Executor, executor
-from sparing.compare.jobs import Job, save_blocks
+from sparing.compare.jobs import Job
 from sparing.compare.progress import Progress, Silent
 from sparing.compare.results import LearningRate, Results, Row, Summary
-from sparing.compare.settings import Settings, check_folder, claim_folder
+from sparing.compare.settings import Settings, claim_of
 from sparing.compare.sizing import MetaModel, Sizing, solve
-from sparing.data import TextData, prepare
+from sparing.data import TextData, prepare, save_blocks
 from sparing.errors import CheckpointError, ConfigError
+from sparing.executors import Executor, executor
 from sparing.reproduce import environment
+from sparing.run_folder import check_folder, claim_folder, one_process_first, versions
 from sparing.train import TrainPlan
 
 DATA_FILE = "data.safetensors"
@@ -58,11 +57,11 @@ def compare(
     """
     folder = (folder or settings.default_folder()).absolute()
     progress = progress or Silent()
-    runner = executor(ray, isolate)
+    runner = executor(ray, isolate, Job.__module__)
     entries = [competitor(name) for name in settings.methods]
-    with _one_process_first():
-        versions = _versions()
-        check_folder(folder, settings, versions)
+    with one_process_first():
+        claim = claim_of(settings, versions())
+        check_folder(folder, claim)
         source = pretrained.resolve(settings.model)
         pretrained.check(source)
         meta = MetaModel(source, settings.target_modules)
@@ -71,7 +70,7 @@ def compare(
         progress.stage("preparing the data")
         data = _data(settings, source, folder)
         # Nothing has been written before everything that was given is known to be usable.
-        claim_folder(folder, settings, versions)
+        claim_folder(folder, claim)
         _keep(sizings, data, folder)
     study = _Study(settings, folder, source, runner, progress)
     base = study.base()
@@ -341,23 +340,6 @@ def _describe_budget(settings: Settings, meta: MetaModel) -> dict[str, Any]:
     return {"text": budget.text, "unit": unit, "limit": budget.limit(meta.parameters)}
 
 
-def _versions() -> dict[str, str]:
-    found = environment()
-    return {name: found[name] for name in ("torch", "transformers", "peft", "sparing")}
-
-
 def _safe(name: str) -> str:
     """A folder name for a competitor."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-")
-
-
-@contextlib.contextmanager
-def _one_process_first() -> Any:
-    """Under `accelerate launch`, files are prepared by one process before the others look."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch
-
-        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-            yield
-    else:
-        yield

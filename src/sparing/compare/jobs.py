@@ -1,16 +1,13 @@
 """The units of work of a comparison: train one adapter, or measure one that has been trained.
 
-A job is described by plain data and leaves one `result.json` in its folder, written last and
-atomically. A job whose result is there is never done again; one that was interrupted resumes.
+Files follow the rules of `sparing.work`.
 """
 
 import dataclasses
 import math
-import os
 import resource
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +16,22 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import sparing.adapt  # noqa: F401  (a child process must know our methods before it unpickles)
 from sparing import pretrained
-from sparing.checkpoint import UnwritableError, atomic_path, read_json, write_json
+from sparing.checkpoint import atomic_path
 from sparing.compare.competitors import competitor
-from sparing.data import Batch, Blocks
-from sparing.errors import CheckpointError
+from sparing.data import Blocks, load_blocks
 from sparing.train import DivergedError, TrainPlan, evaluate, is_sharded, prepared, train
+from sparing.work import Report, Work
 
 ADAPTER_FILE = "adapter_model.safetensors"
 LATENCY_REPEATS = 7
 
-Report = Callable[[int, float], None]
-
 
 @dataclass(frozen=True)
-class Job:
+class Job(Work):
     """One unit of work.
 
     Arguments:
@@ -69,71 +62,23 @@ class Job:
     latency: bool = False
 
     @property
-    def result_file(self) -> Path:
-        """Present once the job is done, or has failed for good."""
-        return Path(self.folder) / "result.json"
-
-    @property
     def label(self) -> str:
-        """For progress displays."""
         if self.plan is None:
             return "untouched model"
         what = f"{self.method} lr {self.plan.learning_rate:g} seed {self.plan.seed}"
         return f"measure {what}" if self.kind == "measure" else what
 
+    @property
+    def steps(self) -> int:
+        return self.plan.steps if self.plan is not None and self.kind == "train" else 0
+
+    def act(self, report: Report, accelerator: Accelerator) -> dict[str, Any]:
+        return _ACTIONS[self.kind](self, report, accelerator)
+
 
 def run(job: Job, report: Report = lambda step, loss: None) -> dict[str, Any]:
-    """Do a job, or read what it gave before.
-
-    An exception becomes the result `{"error": ...}`, with the traceback in the job's folder.
-
-    Raises:
-        UnwritableError: nothing more can be done here; the job can go on later.
-        Stopped: so can one whose `report` asks for an end.
-    """
-    if job.result_file.exists():
-        return dict(read_json(job.result_file))
-    # Under FSDP, only one process would load the weights. But methods choose entries by them, and
-    # accelerate cannot spread models that have buffers, as our adapters do, from one process.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    accelerator.wait_for_everyone()  # every process has looked before one can leave a result
-    try:
-        result = _ACTIONS[job.kind](job, report, accelerator)
-    except (UnwritableError, Stopped):
-        raise
-    except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}"}
-        if accelerator.is_main_process:
-            with atomic_path(Path(job.folder) / "traceback.txt") as fresh:
-                fresh.write_text(traceback.format_exc())
-        if isinstance(error, CheckpointError):
-            return result  # a file can be mended, so the job is not done for good
-    if accelerator.is_main_process:
-        write_json(job.result_file, result)
-    accelerator.wait_for_everyone()
-    return result
-
-
-class Stopped(Exception):  # noqa: N818
-    """Nobody waits for the job any more."""
-
-
-def save_blocks(path: Path, parts: dict[str, Blocks]) -> None:
-    """Keep prepared data, so that every job sees the very same tokens."""
-    tensors = {
-        f"{name}.{field}": getattr(part.batch, field)
-        for name, part in parts.items()
-        for field in Batch._fields
-    }
-    with atomic_path(path) as fresh:
-        save_file(tensors, fresh)
-
-
-def load_blocks(path: str, part: str) -> Blocks:
-    """One part of what `save_blocks` kept."""
-    with safe_open(path, framework="pt") as file:
-        return Blocks(Batch(*(file.get_tensor(f"{part}.{field}") for field in Batch._fields)))
+    """Do a job, or read what it gave before; see `Work.run`."""
+    return job.run(report)
 
 
 def _base(job: Job, report: Report, accelerator: Accelerator) -> dict[str, Any]:
@@ -259,10 +204,7 @@ def _save(model: Any, folder: Path, state: dict[str, Any]) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         return
-    # Tied weights, gathered from several processes, have become copies.
-    once = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    model.save_pretrained(str(folder), state_dict={n: t for n, t in state.items() if n not in tied})
+    pretrained.save(model, folder, state)
 
 
 def peak_memory(device: torch.device) -> int:

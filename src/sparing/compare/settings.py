@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparing.budget import Budget
-from sparing.checkpoint import read_json, write_json
-from sparing.errors import CheckpointError, ConfigError, near_matches
+from sparing.errors import ConfigError, near_matches
 
-SETTINGS_FILE = "settings.json"
 _LEAST = {
     "steps": 1,
     "batch_size": 1,
@@ -112,40 +110,8 @@ class Settings:
         return Path("runs") / f"{'-'.join(names)}-{digest}"
 
 
-def claim_folder(folder: Path, settings: Settings, versions: Mapping[str, str]) -> None:
-    """Make the run folder this comparison's own, or check that it already is.
-
-    Raises:
-        CheckpointError: it belongs to another comparison, or cannot be written.
-    """
-    check_folder(folder, settings, versions)
-    if not (folder / SETTINGS_FILE).exists():
-        write_json(folder / SETTINGS_FILE, _claim(settings, versions))
-
-
-def check_folder(folder: Path, settings: Settings, versions: Mapping[str, str]) -> None:
-    """Check that the run folder is nobody else's, without writing to it.
-
-    Raises:
-        CheckpointError: it belongs to another comparison.
-    """
-    path = folder / SETTINGS_FILE
-    if not path.exists():
-        return
-    theirs = read_json(path)
-    for part, content in _claim(settings, versions).items():
-        for key, value in content.items():
-            other = theirs.get(part, {}).get(key) if isinstance(theirs, dict) else None
-            if other != value:
-                raise CheckpointError(
-                    str(folder),
-                    expected=f"a run folder with {key} = {value!r}",
-                    found=f"{key} = {other!r}",
-                    mend="Choose another --out, or delete the folder.",
-                )
-
-
-def _claim(settings: Settings, versions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def claim_of(settings: Settings, versions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What a run folder of this comparison says, for `run_folder.claim_folder`."""
     return {"settings": settings.as_json(), "versions": dict(versions)}
 
 

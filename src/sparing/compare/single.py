@@ -12,11 +12,11 @@ from sparing.budget import Budget
 from sparing.checkpoint import atomic_path, read_json, write_json
 from sparing.compare import jobs
 from sparing.compare.competitors import Competitor, competitor
-from sparing.compare.jobs import Job, save_blocks
+from sparing.compare.jobs import Job
 from sparing.compare.progress import Progress, Silent
 from sparing.compare.settings import Settings
 from sparing.compare.sizing import MetaModel, solve
-from sparing.data import prepare
+from sparing.data import prepare, save_blocks
 from sparing.errors import CheckpointError, ConfigError, SparingError
 from sparing.train import DivergedError, TrainPlan
 

@@ -4,11 +4,15 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sparing.checkpoint import atomic_path
 from sparing.data.corpora import Example, read_examples
 from sparing.errors import DataError
 
@@ -145,6 +149,23 @@ def prepare(
         digest.update(part.batch.input_ids.numpy().tobytes())
         digest.update(part.batch.labels.numpy().tobytes())
     return TextData(source, train, selection, validation, digest.hexdigest(), leaked)
+
+
+def save_blocks(path: Path, parts: dict[str, Blocks]) -> None:
+    """Keep prepared data, so that every job sees the very same tokens."""
+    tensors = {
+        f"{name}.{field}": getattr(part.batch, field)
+        for name, part in parts.items()
+        for field in Batch._fields
+    }
+    with atomic_path(path) as fresh:
+        save_file(tensors, fresh)
+
+
+def load_blocks(path: str, part: str) -> Blocks:
+    """One part of what `save_blocks` kept."""
+    with safe_open(path, framework="pt") as file:
+        return Blocks(Batch(*(file.get_tensor(f"{part}.{field}") for field in Batch._fields)))
 
 
 def _split_documents(

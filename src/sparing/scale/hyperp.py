@@ -17,8 +17,6 @@ from sparing.scale.settings import PlanSettings
 from sparing.surgery import block_names
 
 EMBEDDING_STD, TIED_STD, HEAD_STD = 1e-4, 0.02, 0.02
-# The last matrix of an attention or feed-forward branch, whose output joins the residual stream.
-_BRANCH_ENDS = ("o_proj", "down_proj", "c_proj", "out_proj", "fc2", "wo", "w2", "experts.down_proj")
 
 
 @dataclass(frozen=True)
@@ -169,11 +167,9 @@ def _depth(model: nn.Module) -> int:
 def _planned(info: ParameterInfo, rates: tuple[float, float], residual: float) -> PlannedParameter:
     sphere, aux = rates
     if info.role in ("matrix", "expert", "router"):
-        owner = info.name.removesuffix(".weight")
-        ends = owner.endswith(_BRANCH_ENDS)
-        std = (residual if ends else 1.0) / math.sqrt(3 * info.inputs)
+        std = (residual if info.ends_branch else 1.0) / math.sqrt(3 * info.inputs)
         why = "hidden matrix on a sphere, Kaiming-uniform"
-        why += ", times 1/√(2L) at the end of its branch" if ends else ""
+        why += ", times 1/√(2L) at the end of its branch" if info.ends_branch else ""
         return PlannedParameter(info, "matrix", sphere, 0.0, why, std, distribution="uniform")
     if info.role == "head":
         return PlannedParameter(

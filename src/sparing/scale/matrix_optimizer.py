@@ -18,6 +18,7 @@ from sparing.scale.orthogonalize import Orthogonalizer, orthogonalize
 from sparing.scale.parameters import matrices
 
 Algorithm = Literal["matrix", "adamw"]
+Piece = tuple[Tensor, int]  # a parameter, and the number of one of its pieces
 
 
 class NotFiniteError(SparingError, ArithmeticError):
@@ -135,29 +136,49 @@ class MatrixOptimizer(Optimizer):
 
     def step_group(self, group: dict[str, Any]) -> None:
         """One step of a group that is not AdamW's."""
-        by_shape: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[tuple[Any, ...], list[tuple[Piece, Tensor]]] = {}
         for parameter in group["params"]:
-            if parameter.grad is not None:
-                direction = self.views(self._momentum_of(parameter, group), group)
+            if parameter.grad is None:
+                continue
+            momentum = self._momentum_of(parameter, group)
+            for number, direction in enumerate(self.pieces(momentum, group)):
                 key = (*direction.shape[-2:], direction.dtype, direction.device)
-                by_shape.setdefault(key, []).append((parameter, direction))
+                by_shape.setdefault(key, []).append(((parameter, number), direction))
         for (rows, columns, *_), members in by_shape.items():
             stacks = [direction.reshape(-1, rows, columns) for _, direction in members]
-            whole = orthogonalize(torch.cat(stacks), group["orthogonalizer"])
-            parts = whole.split([len(stack) for stack in stacks])
-            for (parameter, direction), part in zip(members, parts, strict=True):
-                self.apply(parameter, part.view(direction.shape), group)
+            sizes = [len(stack) for stack in stacks]
+            owners = [owner for owner, _ in members]
+            whole = self.orthogonal(torch.cat(stacks), owners, sizes, group)
+            for (owner, direction), part in zip(members, whole.split(sizes), strict=True):
+                self.apply(owner[0], part.view(direction.shape), group, owner[1])
 
-    def apply(self, parameter: Tensor, orthogonal: Tensor, group: dict[str, Any]) -> None:
-        """Move one parameter along its orthogonalised direction.
+    def orthogonal(
+        self, stack: Tensor, owners: list[Piece], sizes: list[int], group: dict[str, Any]
+    ) -> Tensor:
+        """Orthogonalise the directions of pieces of one shape.
+
+        Arguments:
+            stack: (matrices, outputs, inputs).
+            owners: whose they are, in order.
+            sizes: how many matrices each has.
+            group: its options.
+        """
+        return orthogonalize(stack, group["orthogonalizer"])
+
+    def apply(
+        self, parameter: Tensor, orthogonal: Tensor, group: dict[str, Any], piece: int = 0
+    ) -> None:
+        """Move one piece of a parameter along its orthogonalised direction.
 
         Arguments:
             parameter: as stored.
-            orthogonal: (…, outputs, inputs) of its matrices.
+            orthogonal: (…, outputs, inputs) of the piece's matrices.
             group: its options.
+            piece: number among the parameter's `pieces`.
         """
         weight = self.whole(parameter)
-        self.matrix_step(self.views(weight, group), orthogonal, self.state[parameter], group)
+        matrix = self.pieces(weight, group)[piece]
+        self.matrix_step(matrix, orthogonal, self.state[parameter], group)
         self.store(parameter, weight)
 
     def matrix_step(
@@ -170,14 +191,21 @@ class MatrixOptimizer(Optimizer):
         """The matrices of a tensor stored like the group's parameters."""
         return matrices(tensor, transposed=group["transposed"], blocks=group["blocks"])
 
+    def pieces(self, tensor: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The same, in pieces that may differ in shape; here one."""
+        return (self.views(tensor, group),)
+
     def whole(self, parameter: Tensor) -> Tensor:
         """The parameter's exact value, all of it: its master copy if it has one."""
         state = self.state[parameter]
         if parameter.dtype in (torch.bfloat16, torch.float16):
             if "master" not in state:
                 state["master"] = parameter.detach().float().clone()
-            return self.gathered(state["master"])
-        return self.gathered(parameter.detach())
+            exact = self.gathered(state["master"])
+        else:
+            exact = self.gathered(parameter.detach())
+        # A kernel stored channels last has no view as a matrix; `store` writes a copy back.
+        return exact.contiguous() if exact.ndim > 3 else exact
 
     @staticmethod
     def gathered(tensor: Tensor) -> Tensor:

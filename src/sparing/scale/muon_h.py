@@ -79,7 +79,9 @@ class MuonH(MatrixOptimizer):
         for name, parameter in zip(self.names(group), group["params"], strict=True):
             if parameter.is_meta:
                 continue
-            if not bool((self._radius(self.whole(parameter), group) > 0).all()):
+            # Not `whole`, which keeps a state: FSDP2 replaces the parameters afterwards.
+            exact = self.gathered(parameter.detach()).float()
+            if not bool((self._radius(exact, group) > 0).all()):
                 raise ConfigError(
                     f"parameter {name}",
                     expected="a matrix that is not zero, as its norm never changes",
@@ -96,11 +98,13 @@ class MuonH(MatrixOptimizer):
                 direction = self.adam_direction(parameter, group)
                 self.apply(parameter, self.views(self.gathered(direction), group), group)
 
-    def apply(self, parameter: Tensor, orthogonal: Tensor, group: dict[str, Any]) -> None:
+    def apply(
+        self, parameter: Tensor, orthogonal: Tensor, group: dict[str, Any], piece: int = 0
+    ) -> None:
         state = self.state[parameter]
         if "radius" not in state:
             state["radius"] = self._radius(self.whole(parameter), group)
-        super().apply(parameter, orthogonal, group)
+        super().apply(parameter, orthogonal, group, piece)
 
     def matrix_step(
         self, weight: Tensor, orthogonal: Tensor, state: dict[str, Any], group: dict[str, Any]

@@ -4,6 +4,7 @@ Scaling rules treat these differently, so nothing is guessed: a parameter of two
 that no rule knows is an error.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ _TOKENS = re.compile(
     r"cls_token|mask_token|dist_token|position_embeddings?|pos_embed|register_token"
 )
 _HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|embed_out|qa_outputs)$")
+_GATED = re.compile(r"(^|\.)(gate_up_proj|w13)$")
+# The last matrix of an attention or feed-forward branch, whose output joins the residual stream.
+_BRANCH_ENDS = ("o_proj", "down_proj", "c_proj", "out_proj", "fc2", "wo", "w2", "experts.down_proj")
 _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv)$")
 
 
@@ -52,20 +56,31 @@ class ParameterInfo:
     @property
     def outputs(self) -> int:
         """Of the matrix, or of one expert."""
+        if len(self.shape) > 3:
+            return self.shape[0]
         return self.shape[-1] if self.transposed else self.shape[-2]
 
     @property
     def inputs(self) -> int:
-        """Of the matrix, or of one expert."""
+        """Of the matrix, or of one expert; for a kernel, channels times area."""
+        if len(self.shape) > 3:
+            return self.shape[1] * self.area
         return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def area(self) -> int:
+        """Places of a convolution's kernel, (outputs, inputs, height, width, …); 1 for others."""
+        return math.prod(self.shape[2:]) if len(self.shape) > 3 else 1
+
+    @property
+    def ends_branch(self) -> bool:
+        """Whether its output joins the residual stream."""
+        return self.name.removesuffix(".weight").endswith(_BRANCH_ENDS)
 
     @property
     def count(self) -> int:
         """Numbers in it."""
-        total = 1
-        for side in self.shape:
-            total *= side
-        return total
+        return math.prod(self.shape)
 
 
 def classify(
@@ -131,9 +146,12 @@ def _info(
         transposed = isinstance(module, Conv1D)
         outputs = shape[1] if transposed else shape[0]
         blocks = 3 if _FUSED.search(owner) and outputs % 3 == 0 else 1
+        blocks = 2 if _GATED.search(owner) and outputs % 2 == 0 else blocks
         return made("matrix", f"weight of {kind}", transposed, blocks)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and "patch" in owner:
         return made("vector", "reads pixels, of which there are as many at every width")
+    if isinstance(module, nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        return made("matrix", "kernel, flattened to outputs × inputs")
     return None
 
 

@@ -5,6 +5,8 @@ from math import isfinite
 
 from sparing.errors import ConfigError
 
+_MAY_BE_ZERO = ("weight_decay", "decay_exponent", "one_sided_exponent")
+
 
 @dataclass(frozen=True)
 class PlanSettings:
@@ -16,6 +18,8 @@ class PlanSettings:
         weight_decay: decoupled, times the learning rate, tuned in the base run.
         base_tokens, tokens: training tokens of the two runs; give both or none.
         base_batch, batch: tokens a step of the two runs; give both or none.
+        decay_exponent: p of a weight decay that grows as width^p (wd-scaling), 0 or more.
+        one_sided_exponent: the same for matrices of which one side grows; None for half of it.
 
     Raises:
         ConfigError: a number that is not one, or one of a pair.
@@ -28,11 +32,13 @@ class PlanSettings:
     tokens: float | None = None
     base_batch: float | None = None
     batch: float | None = None
+    decay_exponent: float = 0.5
+    one_sided_exponent: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            zero = field.name == "weight_decay"
+            zero = field.name in _MAY_BE_ZERO
             if value is not None and not (isfinite(value) and (value > 0 or (zero and value == 0))):
                 raise ConfigError(
                     field.name,

@@ -1,4 +1,4 @@
-"""Where jobs run: each in a process of its own, all in this one, or on a Ray cluster."""
+"""Where work is done: each piece in a process of its own, all in this one, or on a Ray cluster."""
 
 import functools
 import logging
@@ -14,52 +14,70 @@ from typing import Any, Protocol
 import torch
 
 from sparing.checkpoint import UnwritableError
-from sparing.compare import jobs
-from sparing.compare.jobs import Job
 from sparing.errors import ConfigError, MissingExtraError
+from sparing.work import Stopped, Work
 
-OnStep = Callable[[Job, int, float], None]
+OnStep = Callable[[Any, int, float], None]
+OnResult = Callable[[Any, dict[str, Any]], None]
+
+
+def _ignore(work: Work, result: dict[str, Any]) -> None:
+    pass
 
 
 class Executor(Protocol):
-    """Runs jobs that do not depend on each other, all with as many threads as this process has."""
+    """Does independent pieces of work, all with as many threads as this process has."""
 
-    def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
-        """The results of all jobs, in order.
+    def run(
+        self, work: Sequence[Work], on_step: OnStep, on_result: OnResult = _ignore
+    ) -> list[dict[str, Any]]:
+        """The results of all work, in order.
 
-        A job whose process dies gives `{"error": ...}`; the same command will try it again.
+        Work whose process dies gives `{"error": ...}`; the same command will try it again.
+
+        Arguments:
+            work: to be done.
+            on_step: called with the work, its step and the loss.
+            on_result: called with the work and its result, as soon as there is one.
 
         Raises:
-            UnwritableError: a job could not write its files.
+            UnwritableError: files could not be written.
         """
         ...
 
 
 class InProcess:
-    """One job after another in this process; under `accelerate launch`, on all of its processes."""
+    """One after another in this process; under `accelerate launch`, on all of its processes."""
 
-    def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
-        return [jobs.run(job, functools.partial(on_step, job)) for job in work]
+    def run(
+        self, work: Sequence[Work], on_step: OnStep, on_result: OnResult = _ignore
+    ) -> list[dict[str, Any]]:
+        return _one_by_one(work, lambda job: job.run(functools.partial(on_step, job)), on_result)
 
 
 class Isolated:
-    """One job after another, each in a fresh process: its memory is its own, and so is its death.
+    """One after another, each in a fresh process: its memory is its own, and so is its death.
 
     Processes are forked from a server that has imported everything but touched no data; it begins
     to do so at once, in the background.
+
+    Arguments:
+        module: that defines the work, for the server to import.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = __name__) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([jobs.__name__])
+        self._context.set_forkserver_preload([module])
         forkserver.ensure_running()
 
-    def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
-        return [self._run(job, on_step) for job in work]
+    def run(
+        self, work: Sequence[Work], on_step: OnStep, on_result: OnResult = _ignore
+    ) -> list[dict[str, Any]]:
+        return _one_by_one(work, lambda job: self._run(job, on_step), on_result)
 
-    def _run(self, job: Job, on_step: OnStep) -> dict[str, Any]:
+    def _run(self, job: Work, on_step: OnStep) -> dict[str, Any]:
         if job.result_file.exists():
-            return jobs.run(job)
+            return job.run()
         receiver, sender = self._context.Pipe(duplex=False)
         child = self._context.Process(
             target=_child, args=(job, sender, torch.get_num_threads()), daemon=True
@@ -79,11 +97,21 @@ class Isolated:
                 child.kill()
             receiver.close()
         if job.result_file.exists():
-            return jobs.run(job)
+            return job.run()
         return {"error": f"the process ended with exit code {child.exitcode}"}
 
 
-def _child(job: Job, sender: Connection, threads: int) -> None:
+def _one_by_one(
+    work: Sequence[Work], do: Callable[[Work], dict[str, Any]], on_result: OnResult
+) -> list[dict[str, Any]]:
+    results = []
+    for job in work:
+        results.append(do(job))
+        on_result(job, results[-1])
+    return results
+
+
+def _child(job: Work, sender: Connection, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
 
@@ -91,19 +119,19 @@ def _child(job: Job, sender: Connection, threads: int) -> None:
         try:
             sender.send((step, loss))
         except OSError as error:
-            raise jobs.Stopped from error
+            raise Stopped from error
 
     try:
-        jobs.run(job, report)
+        job.run(report)
     except UnwritableError as error:
         sender.send(error)
-    except jobs.Stopped:
+    except Stopped:
         return
     sender.close()
 
 
 def _end_with_parent() -> None:
-    """A killed comparison leaves no worker behind that would go on beside the next one."""
+    """A killed command leaves no worker behind that would go on beside the next one."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -112,7 +140,7 @@ def _end_with_parent() -> None:
 
 @dataclass
 class OnRay:
-    """Jobs side by side on a Ray cluster that shares the run folder's file system.
+    """Side by side on a Ray cluster that shares the run folder's file system.
 
     Arguments:
         address: of the cluster, or "auto" for the one this machine belongs to; "local" starts one.
@@ -120,7 +148,9 @@ class OnRay:
 
     address: str
 
-    def run(self, work: Sequence[Job], on_step: OnStep) -> list[dict[str, Any]]:
+    def run(
+        self, work: Sequence[Work], on_step: OnStep, on_result: OnResult = _ignore
+    ) -> list[dict[str, Any]]:
         try:
             import ray
         except ImportError as error:
@@ -135,7 +165,10 @@ class OnRay:
             max_retries=0,
             max_calls=1,
         )(_on_worker)
-        results = {job.folder: jobs.run(job) for job in work if job.result_file.exists()}
+        results = {job.folder: job.run() for job in work if job.result_file.exists()}
+        for job in work:
+            if job.folder in results:
+                on_result(job, results[job.folder])
         waiting = [job for job in work if job.folder not in results]
         pending = {remote.remote(job, threads): job for job in waiting}
         while pending:
@@ -149,8 +182,9 @@ class OnRay:
                     raise cause from None
                 reason = (str(cause).strip().splitlines() or [""])[0]
                 result = results[job.folder] = {"error": f"{type(cause).__name__}: {reason}"}
-            if job.plan is not None and "selection_loss" in result:
-                on_step(job, job.plan.steps, result["selection_loss"])
+            if job.steps and "selection_loss" in result:
+                on_step(job, job.steps, result["selection_loss"])
+            on_result(job, result)
         return [results[job.folder] for job in work]
 
     def _connect(self, ray: Any) -> None:
@@ -171,15 +205,21 @@ class OnRay:
             ) from error
 
 
-def _on_worker(job: Job, threads: int) -> dict[str, Any]:
+def _on_worker(job: Work, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return jobs.run(job)
+    return job.run()
 
 
-def executor(ray: str | None = None, isolate: bool = True) -> Executor:
-    """The executor that suits: Ray if asked for, this process if it is one of several."""
+def executor(ray: str | None = None, isolate: bool = True, module: str = __name__) -> Executor:
+    """The executor that suits: Ray if asked for, this process if it is one of several.
+
+    Arguments:
+        ray: address of a cluster.
+        isolate: give all work a process of its own.
+        module: see `Isolated`.
+    """
     if ray is not None:
         return OnRay(ray)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not isolate:
         return InProcess()
-    return Isolated()
+    return Isolated(module)
