@@ -166,7 +166,7 @@ CATALOG: tuple[Method, ...] = (
         "jei-dnn",
         "JEI-DNN: Jointly-Learned Exit and Inference for a Dynamic Neural Network",
         "compress",
-        "planned",
+        "ready",
         "2310.09163",
     ),
     Method(
