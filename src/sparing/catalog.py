@@ -258,7 +258,7 @@ CATALOG: tuple[Method, ...] = (
         "stn",
         "STN: Self-Tuning Networks — Bilevel Optimization of Hyperparameters using Structured Best-Response Functions",
         "tune",
-        "planned",
+        "ready",
         "1903.03088",
     ),
     Method(

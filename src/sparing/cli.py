@@ -16,6 +16,7 @@ from sparing.cli_queryable import app as queryable
 from sparing.cli_route import app as route
 from sparing.cli_scale import plan
 from sparing.cli_search import search
+from sparing.cli_stn import app as stn
 from sparing.cli_transfer import transfer
 from sparing.errors import ConfigError, SparingError
 
@@ -28,6 +29,7 @@ app.add_typer(route, name="route")
 app.add_typer(queryable, name="queryable")
 app.add_typer(modes, name="modes")
 app.add_typer(tasks, name="tasks")
+app.add_typer(stn, name="stn")
 app.command()(search)
 app.command()(plan)
 app.command()(pretrain)

@@ -233,6 +233,29 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
+def test_a_huge_but_finite_gradient_is_none_that_is_not_finite():
+    weight = nn.Parameter(numbers(3, 3).float())
+    optimizer = Muon([weight], lr=0.1)
+    weight.grad = torch.full((3, 3), 1e30)  # whose square overflows
+    optimizer.step()
+    assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_vectors_are_adamws(decay):
+    mine, theirs = (nn.Parameter(numbers(7).float()) for _ in range(2))
+    group = {"params": [mine], "algorithm": "adamw", "weight_decay": decay}
+    optimizers = (
+        Muon([group], lr=0.01),
+        torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=decay),
+    )
+    for seed in range(5):
+        for each, optimizer in zip((mine, theirs), optimizers, strict=True):
+            each.grad = numbers(7, seed=seed).float()
+            optimizer.step()
+    torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [({"lr": -1.0}, "lr"), ({"momentum": 1.0}, "momentum"), ({"weight_decay": -0.1}, "weight_dec")],

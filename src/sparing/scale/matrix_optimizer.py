@@ -5,6 +5,7 @@ step) or "adamw". Under FSDP2 every process computes the whole update and keeps 
 the result does not depend on the number of processes; DDP needs nothing.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -233,6 +234,11 @@ class MatrixOptimizer(Optimizer):
 
     def adam_direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """m̂ / (√v̂ + ε) in at least float32, shaped and sharded like the parameter."""
+        mean, root = self._moments(parameter, group)
+        return mean / root
+
+    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Adam's mean m after this step, and what to divide it by; the second is a new tensor."""
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -244,19 +250,21 @@ class MatrixOptimizer(Optimizer):
         state["exp_avg"].lerp_(grad, 1 - slow)
         state["exp_avg_sq"].mul_(fast).addcmul_(grad, grad, value=1 - fast)
         steps = float(state["step"])
-        mean = state["exp_avg"] / (1 - slow**steps)
-        root = (state["exp_avg_sq"] / (1 - fast**steps)).sqrt()
-        return mean / (root + group["eps"])
+        # In place where it can be: of an embedding, each copy is as large as the gradient.
+        root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - fast**steps)).add_(group["eps"])
+        return state["exp_avg"], root.mul_(1 - slow**steps)
 
     def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        direction = self.adam_direction(parameter, group)
+        mean, root = self._moments(parameter, group)
         state = self.state[parameter]
         held = parameter
         if parameter.dtype in (torch.bfloat16, torch.float16):
             if "master" not in state:
                 state["master"] = parameter.detach().float().clone()
             held = state["master"]
-        held.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+        if group["weight_decay"]:
+            held.mul_(1 - group["lr"] * group["weight_decay"])
+        held.addcdiv_(mean, root, value=-group["lr"])
         if held is not parameter:
             parameter.copy_(held)
 
@@ -274,12 +282,14 @@ class MatrixOptimizer(Optimizer):
                     found="a sparse or complex one",
                     mend="Create the embedding with sparse=False.",
                 )
-        largest = torch._foreach_norm(list(grads.values()), ord=torch.inf) if grads else []
-        finite = [torch.isfinite(self.gathered(size)) for size in largest]
-        # One question to each device, not one a parameter.
-        devices = {each.device for each in finite}
-        if all(bool(torch.stack([e for e in finite if e.device == d]).all()) for d in devices):
-            return True
+        # The quick norm first; only it can overflow, so that where it did the exact one decides.
+        for order in (2.0, torch.inf):
+            sizes = torch._foreach_norm(list(grads.values()), ord=order) if grads else []
+            finite = [torch.isfinite(self.gathered(size)) for size in sizes]
+            # One question to each device, not one a parameter.
+            devices = {each.device for each in finite}
+            if all(bool(torch.stack([e for e in finite if e.device == d]).all()) for d in devices):
+                return True
         if self.on_nan == "skip":
             return False
         bad = [name for name, each in zip(grads, finite, strict=True) if not bool(each)]
