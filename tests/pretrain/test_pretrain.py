@@ -147,6 +147,37 @@ def test_the_planner_initialises_and_the_seed_decides() -> None:
     assert models[0].model.embed_tokens.weight.std().item() == pytest.approx(1e-4, rel=0.1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("optimizer", "planner"),
+    [("adamw", "wd-scaling"), ("muon++", "muon-mup"), ("muonh", "hyperp")],
+)
+def test_planned_from_a_smaller_base_it_is_saved_as_a_plain_model(
+    optimizer: str, planner: str, family: str, tmp_path: Path
+) -> None:
+    sizes = {"width": 32, "base_width": 16, "depth": 2, "base_depth": 1, "family": family}
+    settings = small(optimizer=optimizer, planner=planner, learning_rate=RATES[optimizer], **sizes)
+    outcome = pretrain(settings, tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    heads = [r["multiplier"] for r in plan["parameters"] if r["info"]["role"] == "head"]
+    assert (heads == [0.5]) == (planner == "wd-scaling")
+    model = pretrained.load(str(tmp_path / "model")).model
+    validation = load_blocks(str(tmp_path / "data.safetensors"), "validation")
+    assert evaluate(model, validation) == pytest.approx(outcome.validation_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "planner"), [("adamw", "wd-scaling"), ("muon++", "muon-mup")]
+)
+def test_a_tied_model_is_refused_where_the_planner_multiplies_logits(
+    optimizer: str, planner: str, tmp_path: Path
+) -> None:
+    settings = small(optimizer=optimizer, planner=planner, tied=True, width=32, base_width=16)
+    with pytest.raises(ConfigError, match=r"tied embedding.*--tied"):
+        pretrain(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tied_model_has_its_embedding_off_the_sphere(tmp_path: Path) -> None:
     plan = plan_of(small(tied=True), 50)
     (row,) = [row for row in plan.parameters if row.info.tied]

@@ -26,7 +26,7 @@ from sparing.pretrain.log import Log
 from sparing.pretrain.settings import Settings
 from sparing.run_folder import Claim, check_folder, claim_folder, one_process_first, versions
 from sparing.run_progress import Progress, Silent
-from sparing.scale.multipliers import fold_multipliers, install_multipliers
+from sparing.scale.multipliers import check_multipliers, fold_multipliers, install_multipliers
 from sparing.scale.optimizers import make_optimizer
 from sparing.scale.planners import PLANNERS
 from sparing.scale.planning import Plan
@@ -172,7 +172,9 @@ def plan_of(settings: Settings, vocabulary: int) -> Plan:
     with torch.device("meta"):
         base = build(settings.family, settings.base_shape(vocabulary))
         target = build(settings.family, settings.shape(vocabulary))
-    return PLANNERS[settings.planner_name](base, target, settings.plan_settings())
+    plan = PLANNERS[settings.planner_name](base, target, settings.plan_settings())
+    check_multipliers(plan)
+    return plan
 
 
 def pretrain(

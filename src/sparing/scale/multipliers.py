@@ -29,6 +29,11 @@ def install_multipliers(model: nn.Module, plan: Plan) -> list[RemovableHandle]:
     ]
 
 
+def check_multipliers(plan: Plan) -> None:
+    """Raise the error that `install_multipliers` would, before there is a model."""
+    _factors(plan)
+
+
 @torch.no_grad()
 def fold_multipliers(weights: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     """The weights of a plain model with the same effect: m W and m b in place of W and b."""
